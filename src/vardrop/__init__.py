@@ -1,0 +1,28 @@
+"""vardrop: dropout that learns its rates, tells its uncertainty, and shrinks networks."""
+
+from vardrop import kl
+from vardrop.convert import Report, convert_, restore_
+from vardrop.objective import ELBO, dropout_rates, kl_divergence
+from vardrop.weights.additive import GaussianPosterior, SparseVariationalDropout
+from vardrop.weights.estimators import estimator
+from vardrop.weights.modules import register_layer
+from vardrop.weights.multiplicative import GaussianDropout, VariationalDropout
+from vardrop.weights.random_weight import RandomWeight
+
+__version__ = "0.1.0"
+__all__ = [
+    "ELBO",
+    "GaussianDropout",
+    "GaussianPosterior",
+    "RandomWeight",
+    "Report",
+    "SparseVariationalDropout",
+    "VariationalDropout",
+    "convert_",
+    "dropout_rates",
+    "estimator",
+    "kl",
+    "kl_divergence",
+    "register_layer",
+    "restore_",
+]

@@ -1,0 +1,54 @@
+"""Which axes of a weight run over the units of its layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def spread(values: Tensor, shape: Sequence[int], axis: int, groups: int = 1) -> Tensor:
+    """One value for every unit, ``[units]``, shaped to broadcast with a weight whose ``axis`` runs over the units.
+
+    With groups (of a convolution) axis 1 counts anew in each block of axis 0, and has ``groups * shape[1]`` units.
+    """
+    if groups == 1 or axis != 1:
+        return values.view([-1 if i == axis else 1 for i in range(len(shape))])
+    rows = values.view(groups, -1).repeat_interleave(shape[0] // groups, 0)  # [shape[0], shape[1]]
+    return rows.view(*rows.shape, *[1] * (len(shape) - 2))
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Which axes of a weight run over input units and over output units.
+
+    Args:
+        shape: of the weight.
+        input_axis: the axis of input units.
+        output_axis: the axis of output units.
+        groups: of a convolution; axis 1 of its weight then counts the units of one group only.
+    """
+
+    shape: tuple[int, ...]
+    input_axis: int = 1
+    output_axis: int = 0
+    groups: int = 1
+
+    def axis(self, unit: str) -> int:
+        """The axis of ``"input"`` or ``"output"`` units."""
+        return self.input_axis if unit == "input" else self.output_axis
+
+    def units(self, unit: str) -> int:
+        """How many input or output units the layer has."""
+        axis = self.axis(unit)
+        return self.shape[axis] * (self.groups if axis == 1 else 1)
+
+    def spread(self, values: Tensor, unit: str) -> Tensor:
+        """Values for the layer ``[1]``, every unit ``[units]`` or every weight, shaped to broadcast with the weight."""
+        if values.shape == torch.Size(self.shape):
+            return values
+        if values.numel() == 1:
+            return values.view([1] * len(self.shape))
+        return spread(values, self.shape, self.axis(unit), self.groups)

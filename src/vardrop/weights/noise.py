@@ -1,0 +1,67 @@
+"""Draws that the estimators are made of: standard normal values, signs, and a Gaussian of given mean and variance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def normal(shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Independent N(0, 1) values of the given shape, with the dtype and device of ``like``."""
+    return torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
+
+
+def signs(shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Independent values of the given shape, +1 or -1 with equal probability."""
+    bits = torch.randint(0, 2, tuple(shape), dtype=like.dtype, device=like.device, generator=generator)
+    return bits.mul_(2).sub_(1)
+
+
+class _AddNoise(torch.autograd.Function):
+    """mean + sqrt(variance) * noise, where the gradient of the root at variance 0 is defined as 0."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(mean: Tensor, variance: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        std = variance.sqrt()
+        sample = torch.addcmul(mean, std, noise)
+        # d sample / d variance = noise / (2 std); 0 where a zero row, padding or dead units leave no variance
+        slope = torch.where(std > 0, noise / std, 0.0).mul_(0.5)
+        return sample, slope
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grad, grad * ctx.saved_tensors[0], None
+
+
+def add_noise(mean: Tensor, variance: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    r"""A sample of N(mean, variance), elementwise: :math:`\gamma + \sqrt{\delta}\,\zeta` (Kingma et al. 2015, eq. 6).
+
+    The gradient with respect to the variance is ζ / (2√δ) (eq. 8), and 0 where δ = 0: there is no epsilon that would
+    vanish in half precision.
+
+    Args:
+        mean: γ.
+        variance: δ ≥ 0, of the same shape.
+        generator: source of the noise; torch's default one if None.
+
+    Shape:
+        Any shape, and the same shape out.
+
+    Example:
+        >>> import torch
+        >>> from vardrop.weights.noise import add_noise
+        >>> add_noise(torch.ones(3), torch.zeros(3))
+        tensor([1., 1., 1.])
+    """
+    return _AddNoise.apply(mean, variance, normal(mean.shape, mean, generator))[0]

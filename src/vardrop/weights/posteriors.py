@@ -1,0 +1,90 @@
+"""What a posterior over the entries of one weight has to say: its noise, its random weight, its divergence.
+
+A config is a small frozen dataclass, one for each method; `multiplicative.py` and `additive.py` have them.
+
+Legend: θ or μ mean, α noise variance relative to θ², p = α / (1 + α) dropout rate, σ² variance.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vardrop import kl
+from vardrop.weights.geometry import Geometry
+from vardrop.weights.random_weight import RandomWeight
+
+PRIORS = ("log_uniform", "cubic", "sigmoid", "ard", "gaussian")
+
+
+def wide(x: Tensor) -> Tensor:
+    """float16 has no room for the squares of weights."""
+    return x.float() if x.dtype == torch.float16 else x
+
+
+def require(condition: bool, config: Any, words: str, given: Any) -> None:
+    if not condition:
+        raise ValueError(f"vardrop.{type(config).__name__}: {words}, got {given!r}")
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """What all configs share; not to be used itself."""
+
+    def __post_init__(self) -> None:
+        self._check()
+
+    def _check(self) -> None:
+        raise TypeError("vardrop.Posterior: use one of its kinds, for example vardrop.VariationalDropout()")
+
+    noise_name: ClassVar[str] = "log_alpha"
+    learned: ClassVar[bool] = True
+
+    def initial(self, weight: Tensor, geometry: Geometry, rate: float | None) -> Tensor:
+        """The noise tensor to start from; ``rate`` is the p of a dropout that it replaces, if there was one."""
+        raise NotImplementedError
+
+    def random(self, weight: Tensor, noise: Tensor, geometry: Geometry) -> RandomWeight:
+        """The random weight with mean ``weight``."""
+        raise NotImplementedError
+
+    def log_alpha(self, weight: Tensor, noise: Tensor, geometry: Geometry) -> Tensor:
+        """log α for every random scalar, or for every group of them that shares it."""
+        raise NotImplementedError
+
+    def kl(self, weight: Tensor, noise: Tensor, geometry: Geometry) -> Tensor:
+        """KL divergence from the prior, summed over all random scalars of the weight."""
+        raise NotImplementedError
+
+
+def check_prior(config: Any) -> None:
+    require(config.prior in PRIORS, config, f"prior must be one of {', '.join(PRIORS)}", config.prior)
+    require(config.prior_std > 0, config, "prior_std must be positive", config.prior_std)
+
+
+def divergence(prior: str, prior_std: float, log_alpha: Tensor, mean: Tensor | None) -> Tensor:
+    """Summed over ``log_alpha``; ``mean`` is that of the random scalars, None for 1."""
+    if prior == "gaussian":
+        if mean is None:
+            return kl.gaussian(torch.ones_like(log_alpha), log_alpha, prior_std).sum()
+        return kl.gaussian(wide(mean), log_alpha + log_square(mean), prior_std).sum()
+    if prior == "ard":
+        return kl.ard(log_alpha).sum()
+    return kl.log_uniform(log_alpha, form="exact" if prior == "log_uniform" else prior, reduction="sum")
+
+
+def log_square(weight: Tensor) -> Tensor:
+    """log w², finite at zero, where its gradient is zero."""
+    square = wide(weight).square()
+    return square.clamp_min(torch.finfo(square.dtype).tiny).log()
+
+
+def describe(config: Posterior) -> str:
+    """The call that makes ``config``, without what is at its default."""
+    fields = dataclasses.fields(config)
+    told = [f"{f.name}={getattr(config, f.name)!r}" for f in fields if getattr(config, f.name) != f.default]
+    return f"{type(config).__name__}({', '.join(told)})"

@@ -1,0 +1,237 @@
+"""A random weight: what a converted layer hands to its own, unchanged forward in place of a parameter."""
+
+from __future__ import annotations
+
+import functools
+import types as python_types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vardrop.weights import estimators
+from vardrop.weights.geometry import spread
+from vardrop.weights.linear_ops import DESCRIBE, LinearOp
+from vardrop.weights.noise import add_noise, normal
+
+_DESCRIBES_MEAN = frozenset(
+    "shape dtype device layout ndim requires_grad is_cuda is_cpu is_sparse is_quantized is_complex is_floating_point "
+    "is_leaf is_nested is_meta itemsize nbytes size dim numel nelement ndimension element_size stride is_contiguous "
+    "get_device".split()
+)
+_CASTS = frozenset("contiguous to float double half bfloat16 type_as cpu cuda clone".split())
+_TRANSPOSES = frozenset("t adjoint transpose swapaxes swapdims".split())
+_CUTS = frozenset("chunk split tensor_split narrow".split())
+_RESHAPES = frozenset("permute movedim unbind select view reshape flatten unflatten squeeze unsqueeze".split())
+_VIEWS = _CASTS | _TRANSPOSES | _CUTS | _RESHAPES | {"__getitem__"}  # `expand` is none: its copies are one draw
+
+
+def _run_body(function: Any) -> Callable[..., Any]:
+    """A copy of a torch function written in Python that does not stop to ask for overrides.
+
+    Its body then runs as it stands and meets random weights one operation at a time.
+    """
+    asked = {name: lambda *_: False for name in function.__globals__ if name.startswith("has_torch_function")}
+    copy = python_types.FunctionType(
+        function.__code__, {**function.__globals__, **asked}, function.__name__, function.__defaults__
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+_BODIES: dict[Any, Callable[..., Any]] = {F.multi_head_attention_forward: _run_body(F.multi_head_attention_forward)}
+
+
+class RandomWeight:
+    """A weight that is a random variable, with the mean ``loc``; it stands where a tensor is expected.
+
+    * An operation that is linear in the weight is carried out by the estimator in force (:class:`vardrop.estimator`).
+    * Views (``chunk``, ``t``, indexing, ...) give random weights again.
+    * Anything else gets one sample: always correct, never silently deterministic.
+    * Operations that would change it in place are refused: there is nothing to change.
+    """
+
+    loc: Tensor
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """One draw of the whole weight."""
+        raise NotImplementedError
+
+    def _carry_out(self, op: LinearOp) -> Tensor:
+        """The operation, by the estimator in force."""
+        raise NotImplementedError
+
+    def _view(self, name: str, view: Callable[[Tensor], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The view as random weights of the same kind, or None where it cannot be one."""
+        raise NotImplementedError
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        describe = DESCRIBE.get(func)
+        if describe is not None:
+            op = describe(*args, **kwargs)
+            if op is not None and isinstance(op.weight, RandomWeight) and _plain(op.inputs) and _plain((op.bias,)):
+                return op.weight._carry_out(op)
+        if func in _BODIES:
+            return _BODIES[func](*args, **kwargs)
+        if args and isinstance(args[0], RandomWeight):
+            name = getattr(func, "__name__", "")
+            if name.endswith("_") and not name.endswith("__"):
+                raise TypeError(
+                    f"vardrop: {name} would change a random weight in place, but there is only a sample to change; "
+                    "call it on the parameter, dict(layer.named_parameters())['weight'], or after layer.eval()"
+                )
+            if name == "__getitem__" and isinstance(args[1], Tensor) and not args[1].is_floating_point():
+                if args[1].dtype != torch.bool:
+                    return F.embedding(args[1], args[0])  # type: ignore[arg-type]
+            elif name in _VIEWS:
+                view = args[0]._view(name, lambda t: func(t, *args[1:], **kwargs), args[1:], kwargs)
+                if view is not None:
+                    return view
+        drawn: dict[int, Tensor] = {}
+        return func(*_draw(args, drawn), **_draw(kwargs, drawn))
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _DESCRIBES_MEAN:
+            return getattr(self.loc, name)
+        if name in ("T", "mT"):
+            return self.transpose(-2, -1) if self.loc.ndim > 1 else self
+        if name.startswith("__") or name in ("data", "grad", "grad_fn") or not hasattr(Tensor, name):
+            raise AttributeError(
+                f"vardrop: a random weight has no {name!r}; while its layer is in training the weight is a random "
+                "variable, and the parameter with .data and .grad is dict(layer.named_parameters())['weight']"
+            )
+        attribute = getattr(Tensor, name)
+        return functools.partial(_dispatch, attribute, self) if callable(attribute) else getattr(estimators.draw(self), name)
+
+    def __len__(self) -> int:
+        return len(self.loc)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(shape={tuple(self.loc.shape)}, dtype={self.loc.dtype}, device={self.loc.device})"
+
+
+def _plain(values: tuple[Any, ...]) -> bool:
+    return not any(isinstance(value, RandomWeight) for value in values)
+
+
+def _draw(value: Any, drawn: dict[int, Tensor]) -> Any:
+    """``value`` with a sample in place of every random weight; one weight met twice is one sample."""
+    if isinstance(value, RandomWeight):
+        if id(value) not in drawn:
+            drawn[id(value)] = estimators.draw(value)
+        return drawn[id(value)]
+    if isinstance(value, tuple | list):
+        return type(value)([_draw(entry, drawn) for entry in value])
+    if isinstance(value, dict):
+        return {key: _draw(entry, drawn) for key, entry in value.items()}
+    return value
+
+
+def _dispatch(func: Any, *args: Any, **kwargs: Any) -> Any:
+    return RandomWeight.__torch_function__(func, (), args, kwargs)
+
+
+def _operator(func: Any, swapped: bool = False) -> Callable[..., Any]:
+    def operate(self: RandomWeight, *args: Any) -> Any:
+        return _dispatch(func, *args, self) if swapped else _dispatch(func, self, *args)
+
+    return operate
+
+
+for _name in "add radd sub rsub mul rmul truediv rtruediv pow neg abs eq ne lt le gt ge getitem".split():
+    setattr(RandomWeight, f"__{_name}__", _operator(getattr(Tensor, f"__{_name}__")))
+RandomWeight.__iter__ = _operator(torch.unbind)  # type: ignore[attr-defined]
+RandomWeight.__matmul__ = _operator(torch.matmul)  # type: ignore[attr-defined]
+RandomWeight.__rmatmul__ = _operator(torch.matmul, swapped=True)  # type: ignore[attr-defined]
+RandomWeight.__hash__ = object.__hash__  # type: ignore[method-assign]
+
+
+class IndependentWeight(RandomWeight):
+    """A weight with independent Gaussian entries, N(loc, variance).
+
+    Args:
+        loc: the mean, μ or θ.
+        variance: σ², of the same shape, or a function that makes it when it is first needed.
+    """
+
+    def __init__(self, loc: Tensor, variance: Tensor | Callable[[], Tensor]) -> None:
+        self.loc = loc
+        self._variance = variance
+
+    @property
+    def variance(self) -> Tensor:
+        """σ², of the shape of ``loc``."""
+        if not isinstance(self._variance, Tensor):
+            self._variance = self._variance()
+        return self._variance
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        return add_noise(self.loc, self.variance, generator)
+
+    def _carry_out(self, op: LinearOp) -> Tensor:
+        return estimators.independent(op, self)
+
+    def _view(self, name: str, view: Callable[[Tensor], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name == "__getitem__" and not _only_slices(args[0]):
+            return None
+        loc, variance = view(self.loc), view(self.variance)
+        if isinstance(loc, Tensor):
+            return IndependentWeight(loc, variance)
+        return tuple(IndependentWeight(m, v) for m, v in zip(loc, variance, strict=True))
+
+
+class CorrelatedWeight(RandomWeight):
+    """A weight whose slices along one axis share a factor: w_i = s_i θ_i, s_i ~ N(1, std_i²) (eq. 11).
+
+    Args:
+        loc: the mean, θ.
+        std: √α for every slice, ``[units]``.
+        axis: the axis of ``loc`` that runs over the units.
+        groups: of a grouped convolution, whose weight ``[out, in / groups, ...]`` has ``in`` units.
+    """
+
+    def __init__(self, loc: Tensor, std: Tensor, axis: int, groups: int = 1) -> None:
+        self.loc = loc
+        self.std = std
+        self.axis = axis
+        self.groups = groups
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        factor = 1 + self.std * normal(self.std.shape, self.std, generator)
+        return self.loc * spread(factor, self.loc.shape, self.axis, self.groups).to(self.loc.dtype)
+
+    def _carry_out(self, op: LinearOp) -> Tensor:
+        return estimators.correlated(op, self)
+
+    def _view(self, name: str, view: Callable[[Tensor], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name in _CASTS:
+            return CorrelatedWeight(view(self.loc), self.std, self.axis, self.groups)
+        if self.groups > 1:
+            return None
+        if name in _TRANSPOSES:
+            swapped = [axis % self.loc.ndim for axis in (*args, *kwargs.values())] or [0, 1]
+            axis = swapped[1 - swapped.index(self.axis)] if self.axis in swapped else self.axis
+            return CorrelatedWeight(view(self.loc), self.std, axis)
+        if name in _CUTS:
+            dim = kwargs.get("dim", args[0] if name == "narrow" else args[1] if len(args) > 1 else 0)
+            if dim % self.loc.ndim == self.axis:
+                return None
+            pieces = view(self.loc)
+            if isinstance(pieces, Tensor):
+                return CorrelatedWeight(pieces, self.std, self.axis)
+            return tuple(CorrelatedWeight(piece, self.std, self.axis) for piece in pieces)
+        if name == "__getitem__" and _only_slices(args[0]):
+            cut = args[0] if isinstance(args[0], tuple) else (args[0],)
+            std = self.std[cut[self.axis]] if len(cut) > self.axis else self.std
+            return CorrelatedWeight(view(self.loc), std, self.axis)
+        return None
+
+
+def _only_slices(index: Any) -> bool:
+    return all(isinstance(i, slice) for i in (index if isinstance(index, tuple) else (index,)))
