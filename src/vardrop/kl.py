@@ -101,13 +101,14 @@ class _LogUniform(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, bool], output: tuple[Tensor, Tensor]) -> None:
+        ctx.set_materialize_grads(False)  # or the slope's gradient would be written out as zeros
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(output[1])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.saved_tensors[0], None
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None]:
+        return None if grad is None else grad * ctx.saved_tensors[0], None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int, None], log_alpha: Tensor, total: bool) -> tuple[Any, Any]:

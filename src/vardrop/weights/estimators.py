@@ -38,6 +38,7 @@ class _Active(threading.local):
 
     def __init__(self) -> None:
         self.setting = _Setting()
+        self.outer: list[_Setting] = []
 
 
 _active = _Active()
@@ -56,8 +57,9 @@ class estimator:  # noqa: N801 - used as a statement: `with estimator("flipout")
     ``"none"``                the mean weight, no noise: the lower limit in the paper's Table 1.
     ========================  =================================================================================
 
-    An example is an entry of axis 0 of what the operation sees. Under activation checkpointing run ``backward`` inside
-    the same block, or pass ``context_fn=lambda: (nullcontext(), vd.estimator(name))``.
+    An example is an entry of axis 0 of what the operation sees. Activation checkpointing computes again in the thread
+    of the backward pass, where this block may not reach: pass it
+    ``context_fn=lambda: (nullcontext(), vd.estimator(name))``.
 
     Args:
         name: one of the names above.
@@ -87,14 +89,13 @@ class estimator:  # noqa: N801 - used as a statement: `with estimator("flipout")
         if chunk is not None and chunk < 1:
             raise ValueError(f"vardrop.estimator: chunk must be at least 1 example, got {chunk}")
         self._setting = _Setting(name, generator, chunk)
-        self._outer: list[_Setting] = []
 
     def __enter__(self) -> None:
-        self._outer.append(_active.setting)
+        _active.outer.append(_active.setting)
         _active.setting = self._setting
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        _active.setting = self._outer.pop()
+        _active.setting = _active.outer.pop()
 
 
 def draw(weight: RandomWeight) -> Tensor:
@@ -109,7 +110,7 @@ def independent(op: LinearOp, weight: IndependentWeight) -> Tensor:
     if setting.name == "none":
         return op.mean(weight.loc)
     if setting.name == "local":
-        return _local(op, weight.loc, weight.variance, setting.generator)
+        return weight.local(op, setting.generator)
     if setting.name == "per_minibatch" or op.examples is None:
         return op.mean(weight.sample(setting.generator))
     if setting.name == "per_example":
@@ -117,14 +118,15 @@ def independent(op: LinearOp, weight: IndependentWeight) -> Tensor:
     return _flipout(op, weight.loc, weight.variance, setting.generator)
 
 
-def _local(op: LinearOp, loc: Tensor, variance: Tensor, generator: torch.Generator | None) -> Tensor:
+def local(op: LinearOp, loc: Tensor, variance: Tensor, generator: torch.Generator | None) -> Tensor:
+    """The local reparameterization trick: y from its own Gaussian (eq. 6)."""
     mean = op.mean(loc)
     if mean.dtype != torch.float16:
         return add_noise(mean, op.variance(variance), generator)
     # float16 has no room for squares: |x| >= 256 overflows, sigma^2 < 6e-8 vanishes
     with torch.autocast(mean.device.type, enabled=False):
-        inputs = op.inputs if op.indexed else tuple(x.float() for x in op.inputs)
-        wide = op.run(inputs if op.indexed else tuple(x * x for x in inputs), variance.float(), False)
+        inputs = op.inputs if op.indexed else tuple(x.float().square() for x in op.inputs)
+        wide = op.run(inputs, variance.float(), False)
     return add_noise(mean, wide, generator)
 
 
@@ -159,7 +161,7 @@ def _per_example(op: LinearOp, loc: Tensor, variance: Tensor, setting: _Setting)
 
     def part(inputs: tuple[Tensor, ...], loc: Tensor, variance: Tensor, generator: torch.Generator | None) -> Tensor:
         count = inputs[0].shape[first]
-        if count == 1:
+        if count <= 1:
             return op.run(inputs, add_noise(loc, variance, generator), False)
         shape = (count, *loc.shape)
         w = add_noise(loc.expand(shape), variance.expand(shape), generator)
@@ -203,7 +205,8 @@ def correlated(op: LinearOp, weight: CorrelatedWeight) -> Tensor:
         return op.mean(weight.loc)
     if weight.axis in op.x_axes:
         if op.indexed:
-            return op.mean(weight.loc) * _factor_of_indices(op, weight, setting)
+            y = op.run(op.inputs, weight.loc, False) * _factor_of_indices(op, weight, setting)
+            return y if op.bias is None else y + op.bias
         x, *others = op.inputs
         example = None if op.examples is None else op.examples[0]
         factor = _factor(x, example, op.x_axes[weight.axis], weight.std, setting)
@@ -242,5 +245,5 @@ def _factor_of_indices(op: LinearOp, weight: CorrelatedWeight, setting: _Setting
         units = normal((count, len(std)) if setting.name == "per_example" else std.shape, std, setting.generator)
         if setting.name == "flipout":
             units = units * signs((count, len(std)), std, setting.generator)
-        noise = units.gather(1, index.reshape(count, -1)).view(index.shape)
+        noise = units.gather(1, index.unsqueeze(-1).flatten(1)).view(index.shape)
     return (1 + std[index] * noise).unsqueeze(-1).to(weight.loc.dtype)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vardrop.weights.noise import square
+
 Run = Callable[[tuple[Tensor, ...], Tensor, bool], Tensor]
 
 
@@ -30,6 +32,7 @@ class LinearOp:
         examples: for each input its axis of independent examples (None: it has none), and last that of y;
             None if x is a single example.
         indexed: whether x holds indices into the weight instead of values.
+        function: the torch function itself, where somebody has a faster way for it.
         each: like ``run`` without a bias, but w has one more axis in front, an entry for every example.
     """
 
@@ -41,6 +44,7 @@ class LinearOp:
     y_axes: Mapping[int, int] = field(default_factory=dict)
     examples: tuple[int | None, ...] | None = None
     indexed: bool = False
+    function: Any = None
     each: Callable[[tuple[Tensor, ...], Tensor], Tensor] | None = None
 
     def mean(self, w: Tensor) -> Tensor:
@@ -48,7 +52,7 @@ class LinearOp:
 
     def variance(self, v: Tensor) -> Tensor:
         """The operation on squared inputs and the weights' variances, without the bias: Var y (eq. 6)."""
-        inputs = self.inputs if self.indexed else tuple(x * x for x in self.inputs)
+        inputs = self.inputs if self.indexed else tuple(square(x) for x in self.inputs)
         return self.run(inputs, v, False)
 
 
@@ -63,7 +67,7 @@ def _linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> LinearOp 
 
     if weight.ndim != 2:
         return None
-    return LinearOp(weight, (input,), run, bias, {1: -1}, {0: -1}, _examples(input, 1))
+    return LinearOp(weight, (input,), run, bias, {1: -1}, {0: -1}, _examples(input, 1), function=F.linear)
 
 
 def _conv(function: Callable[..., Tensor], dims: int, transposed: bool) -> Callable[..., LinearOp]:
@@ -95,13 +99,19 @@ def _embedding(
             "one; leave it out of convert_ or set max_norm=None"
         )
 
+    bias = None
+    if padding_idx is not None:  # its row is a constant, without noise or gradient: part of the bias
+        padding_idx %= weight.shape[0]
+        bias = weight.loc[padding_idx].detach() * (input == padding_idx).unsqueeze(-1)
+
     def run(inputs: tuple[Tensor, ...], w: Tensor, biased: bool) -> Tensor:
         y = F.embedding(inputs[0], w, padding_idx, None, norm_type, scale_grad_by_freq, sparse)
-        if biased or padding_idx is None:
+        if padding_idx is None:
             return y
-        return y * (inputs[0] != padding_idx % w.shape[0]).unsqueeze(-1)  # the padding row carries no noise
+        y = y.masked_fill((inputs[0] == padding_idx).unsqueeze(-1), 0.0)
+        return y + bias if biased else y
 
-    return LinearOp(weight, (input,), run, None, {0: 0}, {1: -1}, _examples(input, 0), indexed=True)
+    return LinearOp(weight, (input,), run, bias, {0: 0}, {1: -1}, _examples(input, 0), indexed=True)
 
 
 def _bilinear(input1: Tensor, input2: Tensor, weight: Any, bias: Tensor | None = None) -> LinearOp:
@@ -113,14 +123,14 @@ def _bilinear(input1: Tensor, input2: Tensor, weight: Any, bias: Tensor | None =
 
 def _right(x: Tensor, w: Any) -> tuple[dict[int, int], dict[int, int], tuple[int | None, ...] | None]:
     """Axes of x @ w."""
-    return {w.ndim - 2: -1}, {w.ndim - 1: -1}, _examples(x, 1) if w.ndim == 2 else None
+    return {w.ndim - 2: -1}, {w.ndim - 1: -1}, _examples(x, 1 if w.ndim == 2 else w.ndim)
 
 
 def _left(w: Any, x: Tensor) -> tuple[dict[int, int], dict[int, int], tuple[int | None, ...] | None]:
     """Axes of w @ x, where the columns of a matrix x are its examples."""
     axis = -1 if x.ndim == 1 else -2
-    examples: tuple[int | None, ...] | None = None if x.ndim == 1 else (1, 1) if x.ndim == 2 else (0, 0)
-    return {w.ndim - 1: axis}, {w.ndim - 2: axis}, examples if w.ndim == 2 else None
+    examples = (1, 1) if w.ndim == x.ndim == 2 else _examples(x, w.ndim)
+    return {w.ndim - 1: axis}, {w.ndim - 2: axis}, examples
 
 
 def _matmul(input: Any, other: Any) -> LinearOp | None:
@@ -133,6 +143,10 @@ def _matmul(input: Any, other: Any) -> LinearOp | None:
         return torch.matmul(w, inputs[0]) if weight_first else torch.matmul(inputs[0], w)
 
     return LinearOp(w, (x,), run, None, *(_left(w, x) if weight_first else _right(x, w)))
+
+
+def _mm(input: Any, mat2: Any) -> LinearOp | None:
+    return _matmul(input, mat2)
 
 
 def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1) -> LinearOp | None:
@@ -148,6 +162,10 @@ def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 
 
     inputs = op.inputs if alpha == 1 else (op.inputs[0] * alpha,)
     return LinearOp(op.weight, inputs, run, bias, op.x_axes, op.y_axes, op.examples)
+
+
+def _baddbmm(input: Any, batch1: Any, batch2: Any, *, beta: float = 1, alpha: float = 1) -> LinearOp | None:
+    return _addmm(input, batch1, batch2, beta=beta, alpha=alpha)
 
 
 def _einsum(equation: Any, *operands: Any) -> LinearOp | None:
@@ -197,14 +215,14 @@ DESCRIBE: dict[Callable[..., Any], Callable[..., LinearOp | None]] = {
     F.embedding: _embedding,
     F.bilinear: _bilinear,
     torch.matmul: _matmul,
-    torch.mm: _matmul,
-    torch.bmm: _matmul,
+    torch.mm: _mm,
+    torch.bmm: _mm,
     Tensor.matmul: _matmul,
-    Tensor.mm: _matmul,
-    Tensor.bmm: _matmul,
+    Tensor.mm: _mm,
+    Tensor.bmm: _mm,
     torch.addmm: _addmm,
-    torch.baddbmm: _addmm,
+    torch.baddbmm: _baddbmm,
     Tensor.addmm: _addmm,
-    Tensor.baddbmm: _addmm,
+    Tensor.baddbmm: _baddbmm,
     torch.einsum: _einsum,
 }

@@ -8,8 +8,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from vardrop.projection import bounded, keep_inward
+from vardrop.weights.fused import can_fuse, local_linear
 from vardrop.weights.geometry import Geometry
+from vardrop.weights.linear_ops import LinearOp
 from vardrop.weights.posteriors import Posterior, check_prior, divergence, require, wide
 from vardrop.weights.random_weight import CorrelatedWeight, IndependentWeight, RandomWeight
 
@@ -17,49 +21,55 @@ SHARINGS = ("layer", "neuron", "weight")
 DEFAULT_RATE = 0.2  # where a learned rate starts if neither the user nor a replaced dropout says
 
 
-class _Bounded(torch.autograd.Function):
-    """min(x, bound) as a projection: beyond the bound only a gradient that points back inside passes."""
+class _RelativeVariance(torch.autograd.Function):
+    """α θ² of the bounded log α, in few passes over the weights: they cost more than a small batch's products."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, bound: float) -> Tensor:
-        return x.clamp(max=bound)
+    def forward(theta: Tensor, log_alpha: Tensor, bound: float) -> tuple[Tensor, Tensor]:
+        alpha = log_alpha.clamp(max=bound).exp_()
+        slope = alpha.mul_(theta) if alpha.shape == theta.shape else alpha * theta  # α θ
+        return slope * theta, slope
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0])
-        ctx.bound = inputs[1]
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:
+        theta, log_alpha, ctx.bound = inputs
+        ctx.set_materialize_grads(False)  # or the slope's gradient would be written out as zeros
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(theta, log_alpha, output[1])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        # descent moves against the gradient: a positive one leads down, back inside
-        outward = (ctx.saved_tensors[0] >= ctx.bound) & (grad < 0)
-        return grad.masked_fill(outward, 0.0), None
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None, None]:
+        if grad is None:
+            return None, None, None
+        theta, log_alpha, slope = ctx.saved_tensors
+        half = grad * slope
+        by_log_alpha = None
+        if ctx.needs_input_grad[1]:
+            by_log_alpha = keep_inward((half * theta).sum_to_size(log_alpha.shape), log_alpha, ctx.bound)
+        return half.mul_(2), by_log_alpha, None
 
 
-def bounded(x: Tensor, bound: float) -> Tensor:
-    r"""Projection of x onto x ≤ bound, elementwise, for gradient descent.
-
-    ``clamp`` would give the gradient 0 to every entry at or beyond the bound, which then could never come back. Here
-    a gradient that points inside passes (Kingma et al. 2015, section 3.4: α ≤ 1 during training).
+class RelativeWeight(IndependentWeight):
+    """A weight with independent entries N(θ, αθ²).
 
     Args:
-        x: any shape.
-        bound: the upper bound.
-
-    Shape:
-        The same shape out.
-
-    Example:
-        >>> import torch
-        >>> from vardrop.weights.posteriors import bounded
-        >>> x = torch.tensor([2.0], requires_grad=True)
-        >>> (3 * bounded(x, 1.0)).backward()
-        >>> x.grad
-        tensor([3.])
+        loc: θ.
+        log_alpha: log α, before its bound; has the axes of ``loc`` and broadcasts with it.
+        bound: the largest log α.
     """
-    return x if bound == math.inf else _Bounded.apply(x, bound)
+
+    def __init__(self, loc: Tensor, log_alpha: Tensor, bound: float) -> None:
+        super().__init__(loc, lambda: _RelativeVariance.apply(wide(loc), log_alpha, bound)[0])
+        self._log_alpha = log_alpha
+        self._bound = bound
+
+    def local(self, op: LinearOp, generator: torch.Generator | None) -> Tensor:
+        if op.function is F.linear and can_fuse(op.inputs[0], self.loc, self._log_alpha):
+            return local_linear(op.inputs[0], self.loc, self._log_alpha, op.bias, self._bound, generator)
+        return super().local(op, generator)
 
 
 @dataclass(frozen=True)
@@ -115,11 +125,7 @@ class _Multiplicative(Posterior):
             std = (0.5 * self.log_alpha(weight, noise, geometry)).exp().expand(geometry.units("input"))
             return CorrelatedWeight(weight, std, geometry.input_axis, geometry.groups)
 
-        def variance() -> Tensor:
-            alpha = geometry.spread(self.log_alpha(weight, noise, geometry).exp(), self.unit)
-            return alpha * wide(weight).square()
-
-        return IndependentWeight(weight, variance)
+        return RelativeWeight(weight, geometry.spread(wide(noise), self.unit), self.bound)
 
     def kl(self, weight: Tensor, noise: Tensor, geometry: Geometry) -> Tensor:
         log_alpha = self.log_alpha(weight, noise, geometry)

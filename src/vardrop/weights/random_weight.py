@@ -73,19 +73,21 @@ class RandomWeight:
     ) -> Any:
         kwargs = kwargs or {}
         describe = DESCRIBE.get(func)
-        if describe is not None:
+        if describe is not None and kwargs.get("out") is None:
             op = describe(*args, **kwargs)
             if op is not None and isinstance(op.weight, RandomWeight) and _plain(op.inputs) and _plain((op.bias,)):
                 return op.weight._carry_out(op)
         if func in _BODIES:
             return _BODIES[func](*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        in_place = name.endswith("_") and not name.endswith("__")
+        changed = next(iter((*args, *kwargs.values())), None) if in_place else kwargs.get("out")
+        if isinstance(changed, RandomWeight):
+            raise TypeError(
+                f"vardrop: {name} would change a random weight in place, but there is only a sample to change; "
+                "call it on the parameter, dict(layer.named_parameters())['weight'], or after layer.eval()"
+            )
         if args and isinstance(args[0], RandomWeight):
-            name = getattr(func, "__name__", "")
-            if name.endswith("_") and not name.endswith("__"):
-                raise TypeError(
-                    f"vardrop: {name} would change a random weight in place, but there is only a sample to change; "
-                    "call it on the parameter, dict(layer.named_parameters())['weight'], or after layer.eval()"
-                )
             if name == "__getitem__" and isinstance(args[1], Tensor) and not args[1].is_floating_point():
                 if args[1].dtype != torch.bool:
                     return F.embedding(args[1], args[0])  # type: ignore[arg-type]
@@ -174,6 +176,10 @@ class IndependentWeight(RandomWeight):
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         return add_noise(self.loc, self.variance, generator)
 
+    def local(self, op: LinearOp, generator: torch.Generator | None) -> Tensor:
+        """The operation by the local reparameterization trick."""
+        return estimators.local(op, self.loc, self.variance, generator)
+
     def _carry_out(self, op: LinearOp) -> Tensor:
         return estimators.independent(op, self)
 
@@ -181,6 +187,8 @@ class IndependentWeight(RandomWeight):
         if name == "__getitem__" and not _only_slices(args[0]):
             return None
         loc, variance = view(self.loc), view(self.variance)
+        if name in _CASTS and loc.dtype == torch.float16:  # which has no room for a variance
+            variance = self.variance.to(loc.device)
         if isinstance(loc, Tensor):
             return IndependentWeight(loc, variance)
         return tuple(IndependentWeight(m, v) for m, v in zip(loc, variance, strict=True))
@@ -215,7 +223,7 @@ class CorrelatedWeight(RandomWeight):
         if self.groups > 1:
             return None
         if name in _TRANSPOSES:
-            swapped = [axis % self.loc.ndim for axis in (*args, *kwargs.values())] or [0, 1]
+            swapped = [axis % self.loc.ndim for axis in (*args, *kwargs.values()) or (-2, -1)]
             axis = swapped[1 - swapped.index(self.axis)] if self.axis in swapped else self.axis
             return CorrelatedWeight(view(self.loc), self.std, axis)
         if name in _CUTS:
