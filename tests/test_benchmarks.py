@@ -1,0 +1,516 @@
+"""The harness of the benchmarks: that it measures what it says. Nothing here depends on the machine's speed."""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import __main__ as command
+from benchmarks import divergence, memory, networks, peers, table, training_step
+from benchmarks.timing import Pair, Row, interleaved, summarise
+from benchmarks.variants import OURS, REFERENCE, Variant
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = networks.Workload(lambda: networks.mlp(8, 8), 4, (8,))
+
+
+class Machine:
+    """A clock that only work moves on, and a machine that is slower in every round."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.slowness = 1.0
+        self.log: list[str] = []
+        self.collecting: list[bool] = []
+
+    def work(self, name: str, seconds: float, slower: float = 1.0):
+        def run() -> None:
+            self.now += seconds * self.slowness
+            self.slowness *= slower
+            self.log.append(name)
+            self.collecting.append(gc.isenabled())
+
+        return run
+
+
+def test_ratios_stand_beside_their_reference_however_the_machine_drifts() -> None:
+    machine = Machine()
+    variants = {"twice": machine.work("twice", 2.0), "half": machine.work("half", 0.5, slower=3.0)}
+    pairs = interleaved(variants, machine.work("plain", 1.0), rounds=4, warmup=0, clock=lambda: machine.now)
+    assert machine.log == ["plain", "twice", "plain", "half"] * 4
+    assert pairs["twice"] == [Pair(2.0 * 3**k, 1.0 * 3**k) for k in range(4)]
+    row = summarise("b", "twice", pairs["twice"])
+    assert (row.ratio, row.quartiles) == (2.0, (2.0, 2.0))
+    assert summarise("b", "half", pairs["half"]).ratio == 0.5
+
+
+def test_warm_up_is_not_timed() -> None:
+    machine = Machine()
+    pairs = interleaved(
+        {"a": machine.work("a", 1.0)}, machine.work("plain", 1.0), 2, warmup=3, clock=lambda: machine.now
+    )
+    assert len(pairs["a"]) == 2
+    assert machine.log == ["plain"] * 3 + ["a"] * 3 + ["plain", "a"] * 2
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_garbage_is_not_collected_in_the_timed_part_and_the_switch_is_put_back(on: bool) -> None:
+    machine = Machine()
+    was_on = gc.isenabled()
+    try:
+        (gc.enable if on else gc.disable)()
+        interleaved({"a": machine.work("a", 1.0)}, machine.work("plain", 1.0), 2, warmup=0, clock=lambda: machine.now)
+        assert gc.isenabled() is on
+    finally:
+        (gc.enable if was_on else gc.disable)()
+    assert machine.collecting == [False] * 4
+
+
+def test_the_figure_is_the_median_of_ratios_with_its_quartiles() -> None:
+    ratios = [1.0, 2.0, 3.0, 4.0, 100.0]
+    row = summarise("b", "v", [Pair(ratio * k, k) for k, ratio in enumerate(ratios, 1)], goal=3.0)
+    assert (row.ratio, row.quartiles, row.rounds) == (3.0, (2.0, 4.0), 5)
+    assert row.amount == 9.0  # median of 1, 4, 9, 16, 500
+    assert row.met is True
+
+
+def test_one_round_is_its_own_range() -> None:
+    row = summarise("b", "v", [Pair(3.0, 2.0)])
+    assert (row.ratio, row.quartiles, row.met) == (1.5, (1.5, 1.5), None)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "goal", "met"), [(2.0, 2.0, True), (2.01, 2.0, False), (1.0, None, None), (None, 2.0, None)]
+)
+def test_a_goal_is_an_upper_bound(ratio: float | None, goal: float | None, met: bool | None) -> None:
+    assert Row("b", "v", ratio, goal=goal).met is met
+
+
+ROWS = [
+    Row("step", "plain", 1.0, (0.99, 1.01), 0.0931, rounds=5),
+    Row("step", "noisy", 2.5, (2.4, 2.6), 1.5, rounds=5, goal=2.3),
+    Row("step", "peer", note="cannot be used here: ImportError: no such thing"),
+    Row("memory", "noisy", 0.5, (0.5, 0.5), 3 * 2**20, unit="bytes", rounds=1, goal=2.0),
+]
+
+
+def test_cells() -> None:
+    assert table.cells(ROWS) == [
+        ("step", "plain", "1.00", "0.99-1.01", "93.1 ms", "5", "", ""),
+        ("", "noisy", "2.50", "2.40-2.60", "1.50 s", "5", "<= 2.3", "NO"),
+        ("", "peer (cannot be used here: ImportError: no such thing)", "", "", "", "", "", ""),
+        ("memory", "noisy", "0.50", "0.50-0.50", "3 MiB", "1", "<= 2", "yes"),
+    ]
+
+
+def test_the_plain_table_is_aligned() -> None:
+    lines = table.plain(ROWS).splitlines()
+    assert len(lines) == 2 + len(ROWS)
+    assert lines[0].split() == list(table.HEADER)
+    figures = {0: "ratio", 2: "1.00", 3: "2.50", 5: "0.50"}
+    ends = [lines[number].index(figure) + len(figure) for number, figure in figures.items()]
+    assert len(set(ends)) == 1
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_every_row_is_shown_with_and_without_rich(
+    rich: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if rich:
+        pytest.importorskip("rich")
+    else:
+        monkeypatch.setitem(sys.modules, "rich.console", None)  # makes the import fail
+    table.show(ROWS, "a title")
+    shown = capsys.readouterr().out
+    for words in ("a title", "plain", "2.40-2.60", "NO", "no such thing", "3 MiB"):
+        assert words in shown
+
+
+def test_the_file_says_what_was_measured_and_where(tmp_path: Path) -> None:
+    table.write(ROWS, tmp_path / "figures.json")
+    found = json.loads((tmp_path / "figures.json").read_text())
+    assert found["torch"] == torch.__version__
+    assert found["threads"] == torch.get_num_threads()
+    assert found["device"]
+    assert found["date"][:2] == "20"
+    assert found["libraries"]["vardrop"]
+    assert [row["met"] for row in found["rows"]] == [None, False, None, True]
+    assert found["rows"][1]["quartiles"] == [2.4, 2.6]
+
+
+def test_dropout_is_put_before_every_layer() -> None:
+    dropout = next(v for v in OURS if v.name.startswith("nn.Dropout"))
+    net = dropout.prepare(networks.mlp(8, 8))
+    assert [layer.p for layer in net.modules() if isinstance(layer, nn.Dropout)] == [0.2, 0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("variant", [*OURS, REFERENCE], ids=lambda v: v.name)
+def test_every_variant_reaches_every_parameter_of_both_networks(variant: Variant) -> None:
+    for workload in (TINY, networks.Workload(networks.cnn, 2, (3, 32, 32))):
+        made: list[nn.Module] = []
+
+        def prepare(net: nn.Sequential, made: list[nn.Module] = made) -> nn.Module:
+            made.append(variant.prepare(net))
+            return made[-1]
+
+        Variant(variant.name, prepare, variant.estimator, variant.divergence).step(workload)()
+        assert all(p.grad is not None for p in made[0].parameters())
+
+
+def test_the_table_has_the_reference_against_itself_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(training_step.WORKLOADS, "mlp-128", TINY)
+    rows = training_step.measure("mlp-128", OURS[:2], rounds=2, warmup=1)
+    assert [row.variant for row in rows] == [REFERENCE.name, OURS[0].name, OURS[1].name]
+    assert [row.goal for row in rows] == [None, None, 2.6]
+    assert all(row.rounds == 2 and row.ratio is not None and row.ratio > 0 for row in rows)
+
+
+def test_per_example_is_scaled_to_the_whole_minibatch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        training_step, "interleaved", lambda variants, *_, **__: {name: [Pair(2.0, 1.0)] for name in variants}
+    )
+    (row,) = training_step.per_example(50, rounds=1)
+    assert (row.ratio, row.amount) == (40.0, 40.0)
+    assert "50 examples of 1000" in row.note
+
+
+def test_divergences_are_a_share_of_the_plain_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(divergence, "mlp", lambda: networks.mlp(8, 8))
+    monkeypatch.setitem(divergence.WORKLOADS, "mlp-1000", TINY)
+    rows = divergence.measure(divergence.DIVERGENCES, rounds=1, warmup=0)
+    assert [row.goal for row in rows] == [0.15, None, None, None, None]
+
+
+def test_peers_are_measured_or_named_with_the_reason() -> None:
+    variants, missing = peers.find()
+    for name in peers._LIBRARIES:
+        assert any(v.name.startswith(name) for v in variants) != (name in missing)
+    assert all(reason.startswith("cannot be used here: ") for reason in missing.values())
+
+
+def test_a_broken_peer_is_a_row_not_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent() -> list[Variant]:
+        raise ModuleNotFoundError("No module named 'absent'")
+
+    def broken() -> list[Variant]:
+        def prepare(net: nn.Sequential) -> nn.Module:
+            raise RuntimeError("operator is gone\nand more")
+
+        return [Variant("broken", prepare)]
+
+    monkeypatch.setattr(peers, "_LIBRARIES", {"absent": absent, "broken": broken})
+    variants, missing = peers.find()
+    assert variants == []
+    assert missing == {
+        "absent": "cannot be used here: ModuleNotFoundError: No module named 'absent'",
+        "broken": "cannot be used here: RuntimeError: operator is gone",
+    }
+
+
+def test_memory_pairs_every_variant_with_the_reference_of_its_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = iter([100, 250, 200, 400])
+    monkeypatch.setattr(memory, "_in_a_process", lambda name: next(readings))
+    plain, noisy = memory.measure(OURS[:1], rounds=2)
+    assert (plain.ratio, noisy.ratio, noisy.unit, noisy.amount) == (1.0, 2.25, "bytes", 325)
+
+
+def test_a_process_that_fails_says_so() -> None:
+    with pytest.raises(RuntimeError, match="measures the memory of 'nothing of the kind' failed: KeyError"):
+        memory._in_a_process("nothing of the kind")
+
+
+class Hungry(nn.Module):
+    """Holds 64 MiB for a moment in every forward pass."""
+
+    size = 64 * 2**20
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch.ones(self.size, dtype=torch.uint8)
+        return self.net(x)
+
+
+@pytest.mark.skipif(not memory._STATUS.exists(), reason="the system does not tell what a process holds now")
+def test_peak_memory_is_of_the_step_and_of_nothing_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "WORKLOAD", TINY)
+    torch.ones(4 * Hungry.size, dtype=torch.uint8)  # a higher peak, before
+    small = memory.peak_bytes(REFERENCE)
+    large = memory.peak_bytes(Variant("hungry", Hungry))
+    assert 0 <= small < 0.5 * Hungry.size
+    assert 0.9 * Hungry.size < large < 2 * Hungry.size
+
+
+def run() -> None:
+            self.now += seconds * self.slowness
+            self.slowness *= slower
+            self.log.append(name)
+            self.collecting.append(gc.isenabled())
+
+        return run
+
+
+def test_ratios_stand_beside_their_reference_however_the_machine_drifts() -> None:
+    machine = Machine()
+    variants = {"twice": machine.work("twice", 2.0), "half": machine.work("half", 0.5, slower=3.0)}
+    pairs = interleaved(variants, machine.work("plain", 1.0), rounds=4, warmup=0, clock=lambda: machine.now)
+    assert machine.log == ["plain", "twice", "plain", "half"] * 4
+    assert pairs["twice"] == [Pair(2.0 * 3**k, 1.0 * 3**k) for k in range(4)]
+    row = summarise("b", "twice", pairs["twice"])
+    assert (row.ratio, row.quartiles) == (2.0, (2.0, 2.0))
+    assert summarise("b", "half", pairs["half"]).ratio == 0.5
+
+
+def test_warm_up_is_not_timed() -> None:
+    machine = Machine()
+    pairs = interleaved(
+        {"a": machine.work("a", 1.0)}, machine.work("plain", 1.0), 2, warmup=3, clock=lambda: machine.now
+    )
+    assert len(pairs["a"]) == 2
+    assert machine.log == ["plain"] * 3 + ["a"] * 3 + ["plain", "a"] * 2
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_garbage_is_not_collected_in_the_timed_part_and_the_switch_is_put_back(on: bool) -> None:
+    machine = Machine()
+    was_on = gc.isenabled()
+    try:
+        (gc.enable if on else gc.disable)()
+        interleaved({"a": machine.work("a", 1.0)}, machine.work("plain", 1.0), 2, warmup=0, clock=lambda: machine.now)
+        assert gc.isenabled() is on
+    finally:
+        (gc.enable if was_on else gc.disable)()
+    assert machine.collecting == [False] * 4
+
+
+def test_the_figure_is_the_median_of_ratios_with_its_quartiles() -> None:
+    ratios = [1.0, 2.0, 3.0, 4.0, 100.0]
+    row = summarise("b", "v", [Pair(ratio * k, k) for k, ratio in enumerate(ratios, 1)], goal=3.0)
+    assert (row.ratio, row.quartiles, row.rounds) == (3.0, (2.0, 4.0), 5)
+    assert row.amount == 9.0  # median of 1, 4, 9, 16, 500
+    assert row.met is True
+
+
+def test_one_round_is_its_own_range() -> None:
+    row = summarise("b", "v", [Pair(3.0, 2.0)])
+    assert (row.ratio, row.quartiles, row.met) == (1.5, (1.5, 1.5), None)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "goal", "met"), [(2.0, 2.0, True), (2.01, 2.0, False), (1.0, None, None), (None, 2.0, None)]
+)
+def test_a_goal_is_an_upper_bound(ratio: float | None, goal: float | None, met: bool | None) -> None:
+    assert Row("b", "v", ratio, goal=goal).met is met
+
+
+ROWS = [
+    Row("step", "plain", 1.0, (0.99, 1.01), 0.0931, rounds=5),
+    Row("step", "noisy", 2.5, (2.4, 2.6), 1.5, rounds=5, goal=2.3),
+    Row("step", "peer", note="cannot be used here: ImportError: no such thing"),
+    Row("memory", "noisy", 0.5, (0.5, 0.5), 3 * 2**20, unit="bytes", rounds=1, goal=2.0),
+]
+
+
+def test_cells() -> None:
+    assert table.cells(ROWS) == [
+        ("step", "plain", "1.00", "0.99-1.01", "93.1 ms", "5", "", ""),
+        ("", "noisy", "2.50", "2.40-2.60", "1.50 s", "5", "<= 2.3", "NO"),
+        ("", "peer (cannot be used here: ImportError: no such thing)", "", "", "", "", "", ""),
+        ("memory", "noisy", "0.50", "0.50-0.50", "3 MiB", "1", "<= 2", "yes"),
+    ]
+
+
+def test_the_plain_table_is_aligned() -> None:
+    lines = table.plain(ROWS).splitlines()
+    assert len(lines) == 2 + len(ROWS)
+    assert lines[0].split() == list(table.HEADER)
+    figures = {0: "ratio", 2: "1.00", 3: "2.50", 5: "0.50"}
+    ends = [lines[number].index(figure) + len(figure) for number, figure in figures.items()]
+    assert len(set(ends)) == 1
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_every_row_is_shown_with_and_without_rich(
+    rich: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if rich:
+        pytest.importorskip("rich")
+    else:
+        monkeypatch.setitem(sys.modules, "rich.console", None)  # makes the import fail
+    table.show(ROWS, "a title")
+    shown = capsys.readouterr().out
+    for words in ("a title", "plain", "2.40-2.60", "NO", "no such thing", "3 MiB"):
+        assert words in shown
+
+
+def test_the_file_says_what_was_measured_and_where(tmp_path: Path) -> None:
+    table.write(ROWS, tmp_path / "figures.json")
+    found = json.loads((tmp_path / "figures.json").read_text())
+    assert found["torch"] == torch.__version__
+    assert found["threads"] == torch.get_num_threads()
+    assert found["device"]
+    assert found["date"][:2] == "20"
+    assert found["libraries"]["vardrop"]
+    assert [row["met"] for row in found["rows"]] == [None, False, None, True]
+    assert found["rows"][1]["quartiles"] == [2.4, 2.6]
+
+
+def test_dropout_is_put_before_every_layer() -> None:
+    dropout = next(v for v in OURS if v.name.startswith("nn.Dropout"))
+    net = dropout.prepare(networks.mlp(8, 8))
+    assert [layer.p for layer in net.modules() if isinstance(layer, nn.Dropout)] == [0.2, 0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("variant", [*OURS, REFERENCE], ids=lambda v: v.name)
+def test_every_variant_reaches_every_parameter_of_both_networks(variant: Variant) -> None:
+    for workload in (TINY, networks.Workload(networks.cnn, 2, (3, 32, 32))):
+        made: list[nn.Module] = []
+
+        def prepare(net: nn.Sequential, made: list[nn.Module] = made) -> nn.Module:
+            made.append(variant.prepare(net))
+            return made[-1]
+
+        Variant(variant.name, prepare, variant.estimator, variant.divergence).step(workload)()
+        assert all(p.grad is not None for p in made[0].parameters())
+
+
+def test_the_table_has_the_reference_against_itself_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(training_step.WORKLOADS, "mlp-128", TINY)
+    rows = training_step.measure("mlp-128", OURS[:2], rounds=2, warmup=1)
+    assert [row.variant for row in rows] == [REFERENCE.name, OURS[0].name, OURS[1].name]
+    assert [row.goal for row in rows] == [None, None, 2.6]
+    assert all(row.rounds == 2 and row.ratio is not None and row.ratio > 0 for row in rows)
+
+
+def test_per_example_is_scaled_to_the_whole_minibatch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        training_step, "interleaved", lambda variants, *_, **__: {name: [Pair(2.0, 1.0)] for name in variants}
+    )
+    (row,) = training_step.per_example(50, rounds=1)
+    assert (row.ratio, row.amount) == (40.0, 40.0)
+    assert "50 examples of 1000" in row.note
+
+
+def test_divergences_are_a_share_of_the_plain_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(divergence, "mlp", lambda: networks.mlp(8, 8))
+    monkeypatch.setitem(divergence.WORKLOADS, "mlp-1000", TINY)
+    rows = divergence.measure(divergence.DIVERGENCES, rounds=1, warmup=0)
+    assert [row.goal for row in rows] == [0.15, None, None, None, None]
+
+
+def test_peers_are_measured_or_named_with_the_reason() -> None:
+    variants, missing = peers.find()
+    for name in peers._LIBRARIES:
+        assert any(v.name.startswith(name) for v in variants) != (name in missing)
+    assert all(reason.startswith("cannot be used here: ") for reason in missing.values())
+
+
+def test_a_broken_peer_is_a_row_not_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent() -> list[Variant]:
+        raise ModuleNotFoundError("No module named 'absent'")
+
+    def broken() -> list[Variant]:
+        def prepare(net: nn.Sequential) -> nn.Module:
+            raise RuntimeError("operator is gone\nand more")
+
+        return [Variant("broken", prepare)]
+
+    monkeypatch.setattr(peers, "_LIBRARIES", {"absent": absent, "broken": broken})
+    variants, missing = peers.find()
+    assert variants == []
+    assert missing == {
+        "absent": "cannot be used here: ModuleNotFoundError: No module named 'absent'",
+        "broken": "cannot be used here: RuntimeError: operator is gone",
+    }
+
+
+def test_memory_pairs_every_variant_with_the_reference_of_its_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = iter([100, 250, 200, 400])
+    monkeypatch.setattr(memory, "_in_a_process", lambda name: next(readings))
+    plain, noisy = memory.measure(OURS[:1], rounds=2)
+    assert (plain.ratio, noisy.ratio, noisy.unit, noisy.amount) == (1.0, 2.25, "bytes", 325)
+
+
+def test_a_process_that_fails_says_so() -> None:
+    with pytest.raises(RuntimeError, match="measures the memory of 'nothing of the kind' failed: KeyError"):
+        memory._in_a_process("nothing of the kind")
+
+
+def test_peak_memory_sees_an_activation() -> None:
+    size = 64 * 2**20
+
+    class Hungry(nn.Module):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            torch.ones(size, dtype=torch.uint8)
+            return self.net(x)
+
+    before = memory._now_and_peak()
+    with torch.no_grad():
+        Hungry(nn.Identity())(torch.zeros(1))
+    assert memory._now_and_peak()[1] >= min(before[0] + 0.9 * size, before[1] + size)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "benchmarks", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_help_names_every_benchmark_and_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        command.main(["--help"])
+    words = capsys.readouterr().out
+    for name in (*command.PLANS, "--quick", "--only", "--variant", "--rounds", "--out"):
+        assert name in words
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--only", "speed"], "invalid choice: 'speed'"),
+        (["--rounds", "0"], "invalid positive whole number value: '0'"),
+        (["--out", "no/such/folder/figures.json"], "--out must name a file in a folder that exists, got no/such"),
+        (["--variant", "no such", "--only", "kl"], "no variant of these benchmarks has 'no such' in its name"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_status_2(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command.main(arguments)
+    assert words in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(command, "_run", lambda *_: ROWS)
+    monkeypatch.setattr(table, "write", full)
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["--out", str(tmp_path / "figures.json")])
+    said = capsys.readouterr()
+    assert "--out could not be written: [Errno 28] No space left on device" in said.err
+    assert "2.40-2.60" in said.out  # the table came first
+
+
+@pytest.mark.slow
+def test_a_quick_run_finishes_with_every_benchmark(tmp_path: Path) -> None:
+    done = run("--quick", "--out", str(tmp_path / "figures.json"))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    assert {row["benchmark"] for row in rows} == set(command.PLANS)
+    assert all(row["ratio"] or row["note"] for row in rows)
