@@ -75,25 +75,31 @@ METHODS: dict[str, Method] = {
             where=_linear,
         ),
         Method(
-            "vd-a", "variational dropout A: learned rates, correlated noise", True, _variational("A"), 1.0, "neuron", _A
+            "vd-a",
+            "variational dropout A: learned rates, correlated noise",
+            dropout=True,
+            config=_variational("A"),
+            kl_scale=1.0,
+            default_sharing="neuron",
+            sharings=_A,
         ),
         Method(
             "vd-a2",
             "variational dropout A with a third of the divergence",
-            True,
-            _variational("A"),
-            1 / 3,
-            "neuron",
-            _A,
+            dropout=True,
+            config=_variational("A"),
+            kl_scale=1 / 3,
+            default_sharing="neuron",
+            sharings=_A,
         ),
         Method(
             "vd-b",
             "variational dropout B: learned rates, independent noise",
-            True,
-            _variational("B"),
-            1.0,
-            "neuron",
-            _B,
+            dropout=True,
+            config=_variational("B"),
+            kl_scale=1.0,
+            default_sharing="neuron",
+            sharings=_B,
         ),
         Method(
             "sparse-vd",
@@ -110,12 +116,16 @@ def prepare(
 ) -> tuple[nn.Module, float, Report | None]:
     """Build a network and make it what a method asks for.
 
+    Fixed rates (binary, Gaussian) stand in front of linear layers only. Learned ones are everywhere; in convolutions,
+    which replace no plain dropout, they start at 0.2.
+
     Args:
         method: a key of ``METHODS``.
         model_spec: see :func:`vardrop.models.build`.
         shape: of one example.
         outputs: of the network.
-        sharing: of learned rates: ``"layer"``, ``"neuron"`` (an input unit, the default) or, for ``vd-b``, ``"weight"``.
+        sharing: of learned rates: ``"layer"``, ``"neuron"`` (an input unit, the default, so that A and B learn the same
+            number of rates) or, for ``vd-b``, ``"weight"``.
 
     Returns:
         The network, the weight of its divergence in the objective, and the report of its conversion (None where no
@@ -141,8 +151,8 @@ def prepare(
     if sharing is not None and not chosen.sharings:
         sharers = ", ".join(name for name, other in METHODS.items() if other.sharings)
         raise ValueError(
-            f"vardrop.methods: sharing is for the methods that learn shared rates ({sharers}), got sharing={sharing!r} with "
-            f"{method}; leave it out"
+            f"vardrop.methods: sharing must be left out but with the methods that learn shared rates ({sharers}), got "
+            f"sharing={sharing!r} with {method}"
         )
     if sharing is not None and sharing not in chosen.sharings:
         raise ValueError(

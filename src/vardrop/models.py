@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -9,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from torch import nn
 
 SYNTAX = (
-    "mlp:3x400 (three layers of 400 units), mlp:256,128, lenet-300-100, lenet-5, or conv:k with a positive k that scales the "
-    "width (conv:1, conv:0.5)"
+    "mlp:3x400 (three hidden layers of 400 units), mlp:256,128 (one of 256, one of 128), lenet-300-100, lenet-5, or "
+    "conv:k (conv:1, conv:0.5) with k at least 0.05, which scales the width"
 )
 _SIZE = r"[1-9]\d{0,5}"
 
@@ -66,7 +67,7 @@ def build(spec: str, shape: tuple[int, ...], outputs: int, dropout: Dropout | No
         return nn.Sequential(*_dense(shape, int(found[1]) * [int(found[2])], outputs, nn.ReLU, dropout))
     if re.fullmatch(rf"mlp:{_SIZE}(,{_SIZE})*", spec):
         return nn.Sequential(*_dense(shape, [int(size) for size in spec[4:].split(",")], outputs, nn.ReLU, dropout))
-    if (found := re.fullmatch(r"conv:(\d{1,3}(?:\.\d+)?)", spec)) and round(32 * float(found[1])) >= 1:
+    if (found := re.fullmatch(r"conv:(\d{1,3}(?:\.\d+)?)", spec)) and float(found[1]) >= 0.05:
         return nn.Sequential(*_conv(shape, float(found[1]), outputs, dropout))
     raise ValueError(f"vardrop.models: a model must be {SYNTAX}, got {spec!r}")
 
@@ -84,7 +85,7 @@ def _linears(
     inputs: int, hidden: Sequence[int], outputs: int, act: Callable[[], nn.Module], dropout: Dropout | None
 ) -> Iterator[nn.Module]:
     sizes = [inputs, *hidden, outputs]
-    for i, (size, following) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for i, (size, following) in enumerate(itertools.pairwise(sizes)):
         if i > 0:
             yield act()
         if dropout is not None:
@@ -112,7 +113,7 @@ def _conv(shape: tuple[int, ...], k: float, outputs: int, dropout: Dropout | Non
 def _image(spec: str, shape: tuple[int, ...], smallest: int) -> tuple[int, ...]:
     if len(shape) != 3 or min(shape[1:]) < smallest:
         raise ValueError(
-            f"vardrop.models: {spec} needs images of shape (channels, height, width), at least {smallest} × {smallest}, got "
-            f"examples of shape {shape}; an mlp takes any shape"
+            f"vardrop.models: {spec} needs images, (channels, height, width), of at least {smallest} × {smallest}, "
+            f"got examples of shape {shape}; an mlp takes any shape"
         )
     return shape

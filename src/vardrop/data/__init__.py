@@ -22,8 +22,8 @@ def load(name: str, root: Path | None = None, split: int = 0) -> Data:
     told from MNIST.
 
     Args:
-        name: ``digits``, ``mnist``, ``fashion-mnist``, ``cifar10``, ``notmnist``, ``uci:NAME`` or the path of a CSV file,
-            whose last column is the target.
+        name: ``digits``, ``mnist``, ``fashion-mnist``, ``cifar10``, ``notmnist``, ``uci:NAME`` or the path of a CSV
+            file, whose last column is the target.
         root: a folder to look in first.
         split: of a UCI set, the standard split; of digits and of CSV files, the seed that chooses the test rows.
 
@@ -51,8 +51,8 @@ def load(name: str, root: Path | None = None, split: int = 0) -> Data:
     if name not in SOURCES:
         close = difflib.get_close_matches(name, ["digits", *SOURCES], n=1)
         raise ValueError(
-            "vardrop.data: name must be digits, mnist, fashion-mnist, cifar10, notmnist, uci:NAME or the path of a .csv file, "
-            f"got {name!r}" + (f"; did you mean {close[0]}?" if close else "")
+            "vardrop.data: name must be digits, mnist, fashion-mnist, cifar10, notmnist, uci:NAME or the path of a "
+            f".csv file, got {name!r}" + (f"; did you mean {close[0]}?" if close else "")
         )
     if split != 0:
         raise ValueError(f"vardrop.data: split of {name} must be 0, for it has one standard split, got {split}")

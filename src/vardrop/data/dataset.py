@@ -25,7 +25,8 @@ class Data:
         test_x: like ``train_x``.
         test_y: like ``train_y``.
         classes: the names of the classes, empty for regression.
-        images: whether x is ``[N, C, H, W]`` in [0, 1]; else it is ``[N, features]``, standardised by the training rows.
+        images: whether x is ``[N, C, H, W]`` in [0, 1]; else it is ``[N, features]``, standardised by the training
+            rows.
     """
 
     name: str
@@ -74,13 +75,13 @@ def split_validation(data: Data, size: int | float, seed: int) -> tuple[Data, Te
     total = len(data.train_x)
     if isinstance(size, float) and not 0 < size < 1:
         raise ValueError(
-            f"vardrop.split_validation: a float size is a share above 0 and below 1, got {size}; give a number of rows as an int"
+            f"vardrop.split_validation: size must be above 0 and below 1 as a share, got {size}; rows are an int"
         )
     rows = round(size * total) if isinstance(size, float) else size
     if not 1 <= rows < total:
         raise ValueError(
-            f"vardrop.split_validation: size must leave at least one of the {total} training rows of {data.name} on either "
-            f"side, got {size!r}, which is {rows} rows"
+            f"vardrop.split_validation: size must leave at least one of the {total} training rows of {data.name} on "
+            f"either side, got {size!r}, which is {rows} rows"
         )
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     aside, stay = order[:rows].sort().values, order[rows:].sort().values
@@ -127,5 +128,6 @@ def standardise(train: np.ndarray, test: np.ndarray) -> tuple[Tensor, Tensor]:
 
 
 def as_tensor(x: np.ndarray) -> Tensor:
-    """As float32, with memory of its own."""
-    return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
+    """As float32; what does not fit becomes infinite."""
+    with np.errstate(over="ignore"):
+        return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))

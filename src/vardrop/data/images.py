@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import pickle
 import tarfile
 import zipfile
@@ -42,14 +43,10 @@ def digits(split: int) -> Data:
 def mnist_like(name: str, root: Path | None) -> Data:
     """Four files in the format of MNIST; where only the test half is there, there are no training rows."""
     folder, files = need(name, root)
-    half = {file: folder / file for file in files}
-    images, labels, test_images, test_labels = (half.get(file) for file in IDX_FILES)
-    assert test_images is not None and test_labels is not None  # noqa: S101  (for mypy: in every set of files)
-    test_x, test_y = _pairs(test_images, test_labels)
-    if images is None or labels is None:
-        train_x, train_y = test_x[:0], test_y[:0]
-    else:
-        train_x, train_y = _pairs(images, labels)
+    test_x, test_y = _pairs(*(folder / file for file in files[-2:]))
+    train_x, train_y = test_x[:0], test_y[:0]
+    if files == IDX_FILES:
+        train_x, train_y = _pairs(*(folder / file for file in files[:2]))
     return Data(_TITLES[name], "classification", train_x, train_y, test_x, test_y, _CLASSES[name], images=True)
 
 
@@ -91,7 +88,8 @@ def read_idx(path: Path, ndim: int) -> np.ndarray:
     sizes = [int.from_bytes(raw[i : i + 4], "big") for i in range(4, start, 4)]
     if len(raw) - start != np.prod(sizes, dtype=np.int64):
         raise ValueError(
-            f"vardrop.data: {path} must have {' × '.join(map(str, sizes))} bytes after its header, got {len(raw) - start}; get it anew"
+            f"vardrop.data: {path} must have {' × '.join(map(str, sizes))} bytes after its header, got "
+            f"{len(raw) - start}; get it anew"
         )
     return np.frombuffer(raw, np.uint8, offset=start).reshape(sizes)
 
@@ -111,27 +109,27 @@ def _scaled(x: np.ndarray) -> Tensor:
 def _labels(y: np.ndarray, images: int, path: Path) -> Tensor:
     if y.shape != (images,) or (images and y.max() > 9):
         raise ValueError(
-            f"vardrop.data: {path} must have a label from 0 to 9 for each of {images} images, got {y.size} labels up to "
-            f"{y.max() if y.size else 'none'}"
+            f"vardrop.data: {path} must have a label from 0 to 9 for each of {images} images, got {y.size} labels"
+            + (f" up to {y.max()}" if y.size else "")
         )
     return torch.from_numpy(y.astype(np.int64))
 
 
 def _from_jpeg(path: Path) -> list[tuple[Tensor, Tensor]]:
-    """Arrays ``jpeg_``, ``offset_`` and ``y_`` of ``train`` and ``test``: JPEG files end to end, and where each starts."""
+    """Arrays ``jpeg_``, ``offset_``, ``y_`` of ``train`` and ``test``: JPEG files end to end, and where each starts."""
     halves = []
     try:
         with np.load(path) as arrays:
             for half in ("train", "test"):
                 stream, offset, y = arrays[f"jpeg_{half}"], arrays[f"offset_{half}"], arrays[f"y_{half}"]
                 x = np.empty((len(offset) - 1, 32, 32, 3), np.uint8)
-                for i, (start, end) in enumerate(zip(offset[:-1], offset[1:], strict=True)):
+                for i, (start, end) in enumerate(itertools.pairwise(offset)):
                     x[i] = np.asarray(Image.open(io.BytesIO(stream[start:end].tobytes())))
                 halves.append((_scaled(x.transpose(0, 3, 1, 2)), _labels(y, len(x), path)))
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(
-            f"vardrop.data: {path} must have CIFAR-10 as JPEG files, arrays jpeg_, offset_, y_ of train and test, got one that "
-            f"breaks ({error})"
+            f"vardrop.data: {path} must have CIFAR-10 as JPEG files, arrays jpeg_, offset_, y_ of train and test, got "
+            f"one that breaks ({error}); get it anew"
         ) from None
     return halves
 
@@ -168,7 +166,7 @@ def _from_archive(path: Path) -> list[tuple[Tensor, Tensor]]:
         *BROKEN_GZIP, tarfile.TarError, pickle.UnpicklingError, KeyError, ValueError, AttributeError, TypeError,
     ) as error:  # fmt: skip
         raise ValueError(
-            f"vardrop.data: {path} must be the archive of CIFAR-10 for Python, got one that breaks ({error}); get it anew"
+            f"vardrop.data: {path} must be CIFAR-10's archive for Python, got one that breaks ({error}); get it anew"
         ) from None
     halves = []
     for half in (train, test):

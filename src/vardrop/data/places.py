@@ -167,8 +167,8 @@ def need(name: str, root: Path | None = None) -> tuple[Path, tuple[str, ...]]:
         lacking = [file for file in source.files[0] if not (folder / file).is_file()]
         looked.append(f"{folder} (has no {', '.join(lacking)})" if there else str(folder))
     raise FileNotFoundError(
-        f"vardrop.data: the files of {name} must be in one of {'; '.join(looked)}; {_how(name)}, or set VARDROP_DATA to the "
-        f"folder that has {source.folder}"
+        f"vardrop.data: the files of {name} must be in a folder that is looked at, got none in {'; '.join(looked)}; "
+        f"{_how(name)}, or set VARDROP_DATA to the folder that has {source.folder}"
     )
 
 
@@ -221,6 +221,7 @@ def download(name: str, root: Path | None = None) -> Path:
         )
     folder = (roots()[-1] if root is None else Path(root).expanduser()) / source.folder
     folder.mkdir(parents=True, exist_ok=True)
+    pooch.get_logger().setLevel("WARNING")
     for file, md5 in source.md5.items():
         if not (folder / file).is_file() or content_md5(folder / file) != md5:
             _fetch(name, file, md5, folder)
@@ -232,7 +233,7 @@ def content_md5(path: Path) -> str | None:
     lone = path.suffix == ".gz" and not path.name.endswith(".tar.gz")
     try:
         with gzip.open(path) if lone else path.open("rb") as file:
-            return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()  # type: ignore[arg-type]
+            return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     except BROKEN_GZIP:
         return None
 
@@ -253,15 +254,15 @@ def _fetch(name: str, file: str, md5: str, folder: Path) -> None:
                     )
                 )
             except OSError as error:  # what requests raises is one too
-                refusals.append(f"{mirror}{file} ({type(error).__name__})")
+                refusals.append(f"{mirror}{file} ({error.strerror or type(error).__name__})")
                 continue
             if content_md5(fetched) == md5:
                 fetched.replace(folder / file)
                 return
             refusals.append(f"{mirror}{file} (its checksum is wrong)")
     raise ConnectionError(
-        f"vardrop.data.download: {file} of {name} could not be had from {'; '.join(refusals)}; fetch it elsewhere and put it in "
-        f"{folder}"
+        f"vardrop.data.download: a mirror must give {file} of {name}, got nothing from {'; '.join(refusals)}; fetch it "
+        f"elsewhere and put it in {folder}"
     )
 
 

@@ -3,58 +3,61 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import re
+import warnings
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 
 from vardrop.data.dataset import Data, as_tensor, partition, standardise
-from vardrop.data.places import SOURCES, UCI_FILES, Source, need, roots
+from vardrop.data.places import SOURCES, UCI_FILES, need, roots
 
 FEW = 20  # an integer target with more values than this is a quantity, not a class
 FEWEST_ROWS = 5
 
 
 def uci(name: str, split: int, root: Path | None) -> Data:
-    """A folder of ``data.txt`` and index files, one pair for each standard split (Hernández-Lobato and Adams 2015).
+    """A folder of ``data.txt`` and index files, a pair for each standard split (Hernández-Lobato and Adams 2015).
 
     Args:
         name: of the folder below ``uci``.
         split: which of the splits.
-        root: see :func:`load`.
+        root: see :func:`vardrop.data.load`.
 
     Raises:
         FileNotFoundError: if there is no such folder, or it lacks a file.
         ValueError: if there is no such split, or the files are not what they should be.
     """
     folder = _uci_folder(name, root)
-    rows = _numbers(folder / "data.txt", 2)
-    features, (target, *more) = (
-        _indices(folder / f"index_{which}.txt", rows.shape[1]) for which in ("features", "target")
-    )
-    if more:
-        raise ValueError(f"vardrop.data: {folder / 'index_target.txt'} must name one column, got {1 + len(more)}")
-    splits = int(_numbers(folder / "n_splits.txt", 1)[0])
-    if not 0 <= split < splits:
+    rows = _numbers(folder / "data.txt", ndim=2)
+    features = _indices(folder / "index_features.txt", rows.shape[1])
+    target = _indices(folder / "index_target.txt", rows.shape[1])
+    if len(target) != 1 or target[0] in features:
+        raise ValueError(
+            f"vardrop.data: {folder} must have one target column, which is no feature, got target {target.tolist()} "
+            f"and features {features.tolist()}"
+        )
+    splits = int(_numbers(folder / "n_splits.txt", ndim=1)[0])
+    if split >= splits:
         raise ValueError(f"vardrop.data: split of uci:{name} must be from 0 to {splits - 1}, got {split}")
     train, test = (_indices(folder / f"index_{half}_{split}.txt", len(rows)) for half in ("train", "test"))
     if np.intersect1d(train, test).size:
-        raise ValueError(
-            f"vardrop.data: split {split} in {folder} must have its training and test rows apart, got rows in both"
-        )
+        raise ValueError(f"vardrop.data: split {split} of {folder} must have no row in both halves, got some")
     train_x, test_x = standardise(rows[train][:, features], rows[test][:, features])
-    y = as_tensor(rows[:, target])
+    y = as_tensor(rows[:, target[0]])
     return Data(f"UCI {name}", "regression", train_x, y[train], test_x, y[test])
 
 
 def table(path: Path, split: int) -> Data:
     """A CSV file: the last column is the target, the others are numbers.
 
-    Columns are set apart by commas, semicolons or tabs. The first row is a header if none of its cells but the last
-    is a number. The target is a class if it is text, or has at most 20 values, all integer; else it is a quantity.
-    A fifth of the rows, of every class, is for testing.
+    Columns are set apart by commas, semicolons or tabs. The first row is a header if none of its cells is a number.
+    The target is a class if it is text, or integer with at most 20 values, each twice on average; else it is a
+    quantity. A fifth of the rows, of every class, is for testing.
 
     Args:
         path: of the file.
@@ -62,19 +65,20 @@ def table(path: Path, split: int) -> Data:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: with row and column of what is not as it should be.
+        ValueError: with line and column of what is not as it should be.
     """
-    lines = _rows(path)
-    header = all(_number(cell) is None for cell in lines[0][1][:-1]) and _number(lines[0][1][0]) is None
-    lines = lines[1:] if header else lines
+    lines = _lines(path)
+    first = lines[0][1]
+    if all(_number(cell) is None for cell in first) and any(first[:-1]):
+        lines = lines[1:]  # a header
     if len(lines) < FEWEST_ROWS:
         raise ValueError(
             f"vardrop.data: {path} must have at least {FEWEST_ROWS} rows below its header, got {len(lines)}"
         )
     x = np.array(
-        [[_cell(path, row, column, cell) for column, cell in enumerate(cells[:-1], 1)] for row, cells in lines]
+        [[_finite(path, line, column, cell) for column, cell in enumerate(cells[:-1], 1)] for line, cells in lines]
     )
-    y, classes = _target(path, [(row, cells[-1].strip()) for row, cells in lines], len(lines[0][1]))
+    y, classes = _target(path, [(line, cells[-1]) for line, cells in lines])
     train, test = partition(len(x), split, y if classes else None)
     train_x, test_x = standardise(x[train], x[test])
     target = torch.from_numpy(y) if classes else as_tensor(y)
@@ -94,61 +98,56 @@ def _uci_folder(name: str, root: Path | None) -> Path:
             return folder
     known = ", ".join(key for key in SOURCES if key.startswith("uci:"))
     looked = "; ".join(str(place / "uci") for place in roots(root))
-    raise FileNotFoundError(
-        f"vardrop.data: a UCI set must be one of {known}, or a folder in one of {looked}, got {key!r}"
-    )
+    raise FileNotFoundError(f"vardrop.data: a UCI set must be {known}, or a folder in one of {looked}, got {key!r}")
 
 
-def _numbers(path: Path, ndim: int) -> np.ndarray:
+def _numbers(path: Path, ndim: Literal[1, 2]) -> np.ndarray:
     """Of a text file, all finite."""
     try:
-        values = np.loadtxt(path, ndmin=ndim)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an empty file
+            values = np.loadtxt(path, ndmin=ndim)
     except ValueError as error:
+        raise ValueError(f"vardrop.data: {path} must have numbers set apart by blanks, got others ({error})") from None
+    bad = int((~np.isfinite(values)).sum())
+    if values.ndim != ndim or values.size == 0 or bad:
         raise ValueError(
-            f"vardrop.data: {path} must have numbers set apart by blanks, got one that breaks ({error})"
-        ) from None
-    if values.ndim != ndim or values.size == 0 or not np.isfinite(values).all():
-        raise ValueError(
-            f"vardrop.data: {path} must have finite numbers in {ndim} dimension{'s' * (ndim > 1)}, got shape {values.shape} "
-            f"with {int((~np.isfinite(values)).sum())} that are not finite"
+            f"vardrop.data: {path} must have finite numbers, {'one' if ndim == 1 else 'a row'} a line, got shape "
+            f"{values.shape} with {bad} that are not finite"
         )
     return values
 
 
 def _indices(path: Path, bound: int) -> np.ndarray:
     if not path.is_file():
-        raise FileNotFoundError(f"vardrop.data: {path} must exist, got nothing there; get the folder anew")
-    values = _numbers(path, 1)
+        raise FileNotFoundError(f"vardrop.data: there must be a file {path}, got none; get the folder anew")
+    values = _numbers(path, ndim=1)
     indices = values.astype(np.int64)  # upstream writes them as floats
-    if (
-        (indices != values).any()
-        or indices.min() < 0
-        or indices.max() >= bound
-        or len(np.unique(indices)) < len(indices)
-    ):
+    outside = (indices != values).any() or indices.min() < 0 or indices.max() >= bound
+    if outside or len(np.unique(indices)) < len(indices):
         raise ValueError(f"vardrop.data: {path} must have different whole numbers from 0 to {bound - 1}, got others")
     return indices
 
 
-def _rows(path: Path) -> list[tuple[int, list[str]]]:
+def _lines(path: Path) -> list[tuple[int, list[str]]]:
     """(line of the file, cells) of all rows that are not empty, of equal length."""
     if not path.is_file():
-        raise FileNotFoundError(f"vardrop.data: there must be a file {path}, got none (the folder is {Path.cwd()})")
+        raise FileNotFoundError(f"vardrop.data: there must be a file {path}, got none (seen from {Path.cwd()})")
     try:
         text = path.read_text(encoding="utf-8-sig")
-        first = next((line for line in text.splitlines() if line.strip()), "")
-        delimiter = max(",;\t", key=first.count)
-        reader = csv.reader(text.splitlines(), delimiter=delimiter, strict=True)
-        rows = [(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)]
+        header = next((line for line in text.splitlines() if line.strip()), "")
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count), strict=True)
+        rows = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"vardrop.data: {path} must be a CSV file in UTF-8, got one that breaks ({error})") from None
+        raise ValueError(f"vardrop.data: {path} must be a CSV file in UTF-8, got another ({error})") from None
+    rows = [(line, cells) for line, cells in rows if any(cells)]
     if not rows:
         raise ValueError(f"vardrop.data: {path} must have rows, got an empty file")
     width = len(rows[0][1])
     if width < 2:
         raise ValueError(
-            f"vardrop.data: {path} must have at least two columns, of which the last is the target, got one; columns are set "
-            "apart by commas, semicolons or tabs"
+            f"vardrop.data: {path} must have at least two columns, of which the last is the target, got one; columns "
+            "are set apart by commas, semicolons or tabs"
         )
     for line, cells in rows:
         if len(cells) != width:
@@ -160,49 +159,49 @@ def _rows(path: Path) -> list[tuple[int, list[str]]]:
 
 def _number(cell: str) -> float | None:
     try:
-        return float(cell)
+        return None if "_" in cell else float(cell)  # Python would read 1_000
     except ValueError:
         return None
 
 
-def _cell(path: Path, row: int, column: int, cell: str) -> float:
+def _finite(path: Path, line: int, column: int, cell: str) -> float:
     value = _number(cell)
     if value is None or not math.isfinite(value):
         raise ValueError(
-            f"vardrop.data: every column of {path} but the last must have finite numbers, got {cell.strip()!r} in line {row}, "
+            f"vardrop.data: every column of {path} but the last must have finite numbers, got {cell!r} in line {line}, "
             f"column {column}; take such rows out or fill them in"
         )
     return value
 
 
-def _target(path: Path, cells: list[tuple[int, str]], column: int) -> tuple[np.ndarray, tuple[str, ...]]:
+def _target(path: Path, cells: list[tuple[int, str]]) -> tuple[np.ndarray, tuple[str, ...]]:
     """Class indices and their names, or quantities and no names."""
     values = [_number(cell) for _, cell in cells]
-    for (row, cell), value in zip(cells, values, strict=True):
+    for (line, cell), value in zip(cells, values, strict=True):
         if cell == "" or (value is not None and not math.isfinite(value)):
             raise ValueError(
-                f"vardrop.data: the target of {path} must be given and finite in every row, got {cell!r} in line {row}, column {column}"
+                f"vardrop.data: the target of {path} must be given and finite in every row, got {cell!r} in line "
+                f"{line}; take such rows out"
             )
     texts = [i for i, value in enumerate(values) if value is None]
     if texts and len(texts) < len(cells):
-        row, cell = cells[texts[0]]
+        line, cell = cells[texts[0]]
         raise ValueError(
-            f"vardrop.data: the target of {path} must be all numbers or all text, got both, for example {cell!r} in line {row}"
+            f"vardrop.data: the target of {path} must be all numbers or all text, got both: {cell!r} in line {line}"
         )
-    if not texts:
+    if texts:
+        words, indices, counts = np.unique([cell for _, cell in cells], return_inverse=True, return_counts=True)
+        names = tuple(map(str, words))
+    else:
         y = np.array(values, dtype=np.float64)
-        distinct, counts = np.unique(y, return_counts=True)
+        distinct, indices, counts = np.unique(y, return_inverse=True, return_counts=True)
         if len(distinct) > min(FEW, len(y) // 2) or (distinct != distinct.round()).any():
             return y, ()
-        names = tuple(str(int(value)) for value in distinct)
-        indices = np.searchsorted(distinct, y)
-    else:
-        found, indices, counts = np.unique([cell for _, cell in cells], return_inverse=True, return_counts=True)
-        names = tuple(map(str, found))
+        names = tuple(f"{value:.0f}" for value in distinct)
     if len(names) < 2 or counts.min() < 2:
-        odd = names[int(counts.argmin())]
+        rarest = names[int(counts.argmin())]
         raise ValueError(
-            f"vardrop.data: the target of {path} must have at least two classes with at least two rows each, got "
-            f"{len(names)} classes of which {odd!r} has {counts.min()} rows"
+            f"vardrop.data: the target of {path} must have at least two classes of at least two rows each, got "
+            f"{len(names)} of which {rarest!r} has {counts.min()}"
         )
     return indices.astype(np.int64), names
