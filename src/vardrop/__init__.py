@@ -2,6 +2,7 @@
 
 from vardrop import kl
 from vardrop.convert import Report, convert_, restore_
+from vardrop.gradient import gradient_variance
 from vardrop.objective import ELBO, dropout_rates, kl_divergence
 from vardrop.weights.additive import GaussianPosterior, SparseVariationalDropout
 from vardrop.weights.estimators import estimator
@@ -21,6 +22,7 @@ __all__ = [
     "convert_",
     "dropout_rates",
     "estimator",
+    "gradient_variance",
     "kl",
     "kl_divergence",
     "register_layer",

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["ard", "gaussian", "log_uniform"]
+from vardrop.projection import bounded, outward
 
+__all__ = ["ard", "gaussian", "log_uniform"]
 
 
 class _Fit(NamedTuple):
@@ -58,21 +59,24 @@ def _polynomial(powers: list[Tensor], coefficients: tuple[float, ...], out: Tens
     return out
 
 
-def _exact_into(value: Tensor, slope: Tensor, log_alpha: Tensor, work: Tensor) -> None:
+def _exact_into(value: Tensor, slope: Tensor, log_alpha: Tensor, bound: float, work: Tensor) -> None:
     """Fill in value and slope; the rows of ``work`` hold what is between."""
     fit = _FITS[log_alpha.dtype]
     z, s, below, *powers = (row[: log_alpha.numel()] for row in work)
-    torch.add(log_alpha, math.log(2.0), out=z)
+    torch.clamp(log_alpha, max=bound, out=z).add_(math.log(2.0))
     torch.sigmoid(z, out=powers[0])  # w, w^2, ...: shared by the three polynomials
     for lower, power in zip(powers, powers[1:], strict=False):
         torch.mul(lower, powers[0], out=power)
     torch.sigmoid(z.neg_(), out=s)  # not 1 - w, which has no digits left where alpha is large
     s.div_(_polynomial(powers, fit.below, out=below))
     _polynomial(powers, fit.slope, out=slope).mul_(s).neg_()
-    _polynomial(powers, fit.value, out=value).mul_(s).add_(F.softplus(z), alpha=0.5)
+    _polynomial(powers, fit.value, out=value).mul_(s)
+    value.add_(torch.ops.aten.softplus.out(z, out=below), alpha=0.5)
+    if bound < math.inf:
+        slope.sub_(outward(slope, log_alpha, bound, out=below))
 
 
-def _exact(log_alpha: Tensor, total: bool) -> tuple[Tensor, Tensor]:
+def _exact(log_alpha: Tensor, bound: float, total: bool) -> tuple[Tensor, Tensor]:
     """Value (or its total) and slope of the exact divergence, a block of entries at a time."""
     flat = log_alpha.reshape(-1)
     block = max(1, flat.numel())
@@ -85,7 +89,7 @@ def _exact(log_alpha: Tensor, total: bool) -> tuple[Tensor, Tensor]:
     for start in range(0, flat.numel(), block):
         part = flat[start : start + block]
         here = value[: part.numel()] if total else value[start : start + block]
-        _exact_into(here, slope[start : start + block], part, work)
+        _exact_into(here, slope[start : start + block], part, bound, work)
         sums.append(here.sum())
     if total:
         return torch.stack(sums).sum() if sums else flat.sum(), slope.view(log_alpha.shape)
@@ -96,24 +100,24 @@ class _LogUniform(torch.autograd.Function):
     """The exact divergence with its gradient in closed form; the slope is an output so that transforms see it."""
 
     @staticmethod
-    def forward(log_alpha: Tensor, total: bool) -> tuple[Tensor, Tensor]:
-        return _exact(log_alpha, total)
+    def forward(log_alpha: Tensor, bound: float, total: bool) -> tuple[Tensor, Tensor]:
+        return _exact(log_alpha, bound, total)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, bool], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float, bool], output: tuple[Tensor, Tensor]) -> None:
         ctx.set_materialize_grads(False)  # or the slope's gradient would be written out as zeros
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(output[1])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None]:
-        return None if grad is None else grad * ctx.saved_tensors[0], None
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None, None]:
+        return None if grad is None else grad * ctx.saved_tensors[0], None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int, None], log_alpha: Tensor, total: bool) -> tuple[Any, Any]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], log_alpha: Tensor, bound: float, total: bool) -> tuple[Any, Any]:
         batch = in_dims[0]  # elementwise: a batch is one more dimension, and only the sum has to know it
-        value, slope = _LogUniform.apply(log_alpha, False)
+        value, slope = _LogUniform.apply(log_alpha, bound, False)
         if total:
             return (value.movedim(batch, 0).flatten(1).sum(1), slope), (0, batch)
         return (value, slope), (batch, batch)
@@ -139,7 +143,9 @@ def _sigmoid(log_alpha: Tensor) -> Tensor:
 _APPROXIMATIONS = {"cubic": _cubic, "sigmoid": _sigmoid}
 
 
-def log_uniform(log_alpha: Tensor, form: str = "exact", reduction: str = "none") -> Tensor:
+def log_uniform(
+    log_alpha: Tensor, form: str = "exact", reduction: str = "none", max_log_alpha: float = math.inf
+) -> Tensor:
     r"""KL divergence of N(θ, αθ²) from the log-uniform prior p(log|w|) ∝ 1, elementwise, zero as α → ∞.
 
     .. math:: KL(\alpha) = 2 \int_0^{1/\sqrt{2\alpha}} D(t)\,dt, \qquad
@@ -155,6 +161,8 @@ def log_uniform(log_alpha: Tensor, form: str = "exact", reduction: str = "none")
             ``"cubic"``, the fit of Kingma et al. 2015, section 3.3, for α ≤ 1 only, off by up to 0.04;
             ``"sigmoid"``, the fit of Molchanov et al. 2017, off by up to 0.01.
         reduction: ``"none"``, or ``"sum"``, which for the exact form takes one pass over the entries.
+        max_log_alpha: an upper bound on log α by projection (:func:`vardrop.projection.bounded`): the divergence falls
+            with α, so where it is minimised its gradient at the bound is 0.
 
     Shape:
         Any shape, and the same shape out, or a scalar.
@@ -165,8 +173,8 @@ def log_uniform(log_alpha: Tensor, form: str = "exact", reduction: str = "none")
 
     Example:
         >>> import torch, vardrop as vd
-        >>> vd.kl.log_uniform(torch.tensor([-2.0, 0.0, 3.0]))
-        tensor([1.5442, 0.4267, 0.0247])
+        >>> vd.kl.log_uniform(torch.tensor([-1.0, 0.0, 3.0]))
+        tensor([0.9145, 0.4267, 0.0247])
     """
     if not torch.is_floating_point(log_alpha):
         raise TypeError(f"vardrop.kl.log_uniform: log_alpha must be a floating-point tensor, got {log_alpha.dtype}")
@@ -174,10 +182,10 @@ def log_uniform(log_alpha: Tensor, form: str = "exact", reduction: str = "none")
         raise ValueError(f"vardrop.kl.log_uniform: reduction must be 'none' or 'sum', got {reduction!r}")
     if form == "exact":
         wide = log_alpha.float() if log_alpha.dtype in (torch.float16, torch.bfloat16) else log_alpha
-        return _LogUniform.apply(wide, reduction == "sum")[0].to(log_alpha.dtype)
+        return _LogUniform.apply(wide, max_log_alpha, reduction == "sum")[0].to(log_alpha.dtype)
     if form not in _APPROXIMATIONS:
         raise ValueError(f"vardrop.kl.log_uniform: form must be 'exact', 'cubic' or 'sigmoid', got {form!r}")
-    value = _APPROXIMATIONS[form](log_alpha)
+    value = _APPROXIMATIONS[form](bounded(log_alpha, max_log_alpha))
     return value.sum() if reduction == "sum" else value
 
 

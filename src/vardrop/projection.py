@@ -9,14 +9,20 @@ import torch
 from torch import Tensor
 
 
-def keep_inward(grad: Tensor, x: Tensor, bound: float) -> Tensor:
-    """The gradient without what would lead descent out of x ≤ bound: negative entries where x is at the bound.
+def outward(grad: Tensor, x: Tensor, bound: float, out: Tensor) -> Tensor:
+    """The part of a gradient that would lead descent out of x ≤ bound: its negative entries where x is at the bound.
 
-    Written without a mask, which costs many times what these three operations do.
+    Written without a mask, which costs many times what these two operations do.
     """
+    torch.ops.aten.threshold_backward.grad_input(grad, x, bound - 1e-6, grad_input=out)  # grad there, 0 elsewhere
+    return out.clamp_(max=0)
+
+
+def keep_inward(grad: Tensor, x: Tensor, bound: float) -> Tensor:
+    """A gradient without its outward part."""
     if bound == math.inf:
         return grad
-    at_bound = torch.ops.aten.threshold_backward(grad, x, bound - 1e-6)  # grad there, 0 elsewhere
+    at_bound = torch.ops.aten.threshold_backward(grad, x, bound - 1e-6)
     return at_bound.clamp_(max=0).neg_().add_(grad)
 
 

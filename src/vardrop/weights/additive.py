@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vardrop import kl
 from vardrop.weights.geometry import Geometry
-from vardrop.weights.posteriors import PRIORS, Posterior, check_prior, divergence, log_square, require, wide
+from vardrop.weights.posteriors import PRIORS, Posterior, check_prior, divergence, log_square, require, summable, wide
 from vardrop.weights.random_weight import IndependentWeight, RandomWeight
 
 
@@ -56,7 +56,7 @@ class GaussianPosterior(Posterior):
 
     def kl(self, weight: Tensor, noise: Tensor, geometry: Geometry) -> Tensor:
         if self.prior == "gaussian":
-            return kl.gaussian(wide(weight), wide(noise), self.prior_std).sum()
+            return kl.gaussian(summable(weight), summable(noise), self.prior_std).sum()
         return divergence(self.prior, self.prior_std, self.log_alpha(weight, noise, geometry), weight)
 
 

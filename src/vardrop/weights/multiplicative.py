@@ -128,12 +128,11 @@ class _Multiplicative(Posterior):
         return RelativeWeight(weight, geometry.spread(wide(noise), self.unit), self.bound)
 
     def kl(self, weight: Tensor, noise: Tensor, geometry: Geometry) -> Tensor:
-        log_alpha = self.log_alpha(weight, noise, geometry)
         if self.prior == "gaussian" and self.type == "B":  # the one divergence that depends on the mean
-            every = geometry.spread(log_alpha, self.unit).expand(geometry.shape)
-            return divergence(self.prior, self.prior_std, every, weight)
+            every = geometry.spread(noise, self.unit).expand(geometry.shape)
+            return divergence(self.prior, self.prior_std, every, weight, self.bound)
         scalars = geometry.units("input") if self.type == "A" else math.prod(geometry.shape)
-        return divergence(self.prior, self.prior_std, log_alpha, None) * (scalars / log_alpha.numel())
+        return divergence(self.prior, self.prior_std, noise, None, self.bound) * (scalars / noise.numel())
 
 
 @dataclass(frozen=True)
@@ -178,7 +177,9 @@ class VariationalDropout(_Multiplicative):
         super()._check()
         require(self.max_alpha > 0, self, "max_alpha must be positive (math.inf for no bound)", self.max_alpha)
         if self.prior == "cubic":
-            require(self.max_alpha <= 1, self, "prior='cubic' holds for alpha <= 1 and needs max_alpha <= 1", self.max_alpha)
+            require(
+                self.max_alpha <= 1, self, "prior='cubic' holds for alpha <= 1 and needs max_alpha <= 1", self.max_alpha
+            )
         start = self.alpha if self.rate is None else self.rate / (1 - self.rate)
         if start is not None and start > self.max_alpha * (1 + 1e-9):
             raise ValueError(
@@ -214,5 +215,3 @@ class GaussianDropout(_Multiplicative):
 
     sharing: str = "layer"
     learned: ClassVar[bool] = False
-
-

@@ -8,6 +8,7 @@ Legend: θ or μ mean, α noise variance relative to θ², p = α / (1 + α) dro
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vardrop import kl
+from vardrop.projection import bounded
 from vardrop.weights.geometry import Geometry
 from vardrop.weights.random_weight import RandomWeight
 
@@ -24,6 +26,11 @@ PRIORS = ("log_uniform", "cubic", "sigmoid", "ard", "gaussian")
 def wide(x: Tensor) -> Tensor:
     """float16 has no room for the squares of weights."""
     return x.float() if x.dtype == torch.float16 else x
+
+
+def summable(x: Tensor) -> Tensor:
+    """A sum over a layer's weights wants more digits than the half types have."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def require(condition: bool, config: Any, words: str, given: Any) -> None:
@@ -66,15 +73,21 @@ def check_prior(config: Any) -> None:
     require(config.prior_std > 0, config, "prior_std must be positive", config.prior_std)
 
 
-def divergence(prior: str, prior_std: float, log_alpha: Tensor, mean: Tensor | None) -> Tensor:
-    """Summed over ``log_alpha``; ``mean`` is that of the random scalars, None for 1."""
+def divergence(
+    prior: str, prior_std: float, log_alpha: Tensor, mean: Tensor | None, bound: float = math.inf
+) -> Tensor:
+    """Summed over ``log_alpha``, projected onto its bound; ``mean`` is that of the random scalars, None for 1."""
+    log_alpha = summable(log_alpha)
+    if prior in ("log_uniform", "cubic", "sigmoid"):
+        form = "exact" if prior == "log_uniform" else prior
+        return kl.log_uniform(log_alpha, form, reduction="sum", max_log_alpha=bound)
+    log_alpha = bounded(log_alpha, bound)
     if prior == "gaussian":
         if mean is None:
             return kl.gaussian(torch.ones_like(log_alpha), log_alpha, prior_std).sum()
-        return kl.gaussian(wide(mean), log_alpha + log_square(mean), prior_std).sum()
-    if prior == "ard":
-        return kl.ard(log_alpha).sum()
-    return kl.log_uniform(log_alpha, form="exact" if prior == "log_uniform" else prior, reduction="sum")
+        mean = summable(mean)
+        return kl.gaussian(mean, log_alpha + log_square(mean), prior_std).sum()
+    return kl.ard(log_alpha).sum()
 
 
 def log_square(weight: Tensor) -> Tensor:
