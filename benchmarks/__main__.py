@@ -25,11 +25,11 @@ class Plan(NamedTuple):
 
 PLANS = {
     "mlp-128": Plan("training step of the MLP 784-3x1000-10, minibatch of 128", 25, 3),
-    "mlp-1000": Plan("the same, minibatch of 1000", 11, 2),
+    "mlp-1000": Plan("training step of the same MLP, minibatch of 1000", 11, 2),
     "cnn-100": Plan("training step of a small CNN on 3x32x32, minibatch of 100", 15, 2),
     "per-example": Plan("a weight for every example: the MLP, minibatch of 1000, scaled from a few examples", 5, 2),
     "kl": Plan("KL divergence with its gradient, as a share of the plain step of mlp-1000", 25, 3),
-    "memory-4096": Plan("peak memory of a training step of the MLP, minibatch of 4096", 3, 1),
+    "memory-4096": Plan("peak memory of a training step of the MLP, minibatch of 4096", 2, 1),
 }
 
 DESCRIPTION = """\
