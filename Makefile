@@ -21,8 +21,8 @@ check: $(READY)  ## format, lint, types, doctests
 bench: $(READY)  ## speed and memory as ratios to plain layers, side by side in one run
 	$(BIN)/python -m benchmarks
 
-docs: $(READY)  ## the reference page from the docstrings
-	$(BIN)/python tools/make_api.py
+docs: $(READY)  ## the docstrings as pages, in build/docs
+	$(BIN)/pdoc --docformat google --math --output-directory build/docs vardrop
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
