@@ -15,6 +15,7 @@ from vardrop.weights.multiplicative import GaussianDropout, VariationalDropout
 from vardrop.weights.posteriors import Posterior
 
 RATES: Dropout = (0.2, 0.5)  # of the input and of hidden units: Kingma et al. 2015, section 5
+_SHARING = "neuron"  # of type B too, so that A and B learn the same number of rates
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,10 @@ def _linear(module: nn.Module, name: str) -> bool:
 
 
 def _variational(type_: str) -> Callable[[str | None], Posterior]:
-    return lambda sharing: VariationalDropout(type=type_, sharing=sharing or "neuron")
+    return lambda sharing: VariationalDropout(type=type_, sharing=sharing or _SHARING)
 
 
-_A = ("layer", "neuron")
+_A = ("layer", "neuron")  # of type A there is one random scalar for every input unit
 _B = ("layer", "neuron", "weight")
 
 METHODS: dict[str, Method] = {
@@ -80,7 +81,7 @@ METHODS: dict[str, Method] = {
             dropout=True,
             config=_variational("A"),
             kl_scale=1.0,
-            default_sharing="neuron",
+            default_sharing=_SHARING,
             sharings=_A,
         ),
         Method(
@@ -89,7 +90,7 @@ METHODS: dict[str, Method] = {
             dropout=True,
             config=_variational("A"),
             kl_scale=1 / 3,
-            default_sharing="neuron",
+            default_sharing=_SHARING,
             sharings=_A,
         ),
         Method(
@@ -98,7 +99,7 @@ METHODS: dict[str, Method] = {
             dropout=True,
             config=_variational("B"),
             kl_scale=1.0,
-            default_sharing="neuron",
+            default_sharing=_SHARING,
             sharings=_B,
         ),
         Method(
@@ -124,8 +125,8 @@ def prepare(
         model_spec: see :func:`vardrop.models.build`.
         shape: of one example.
         outputs: of the network.
-        sharing: of learned rates: ``"layer"``, ``"neuron"`` (an input unit, the default, so that A and B learn the same
-            number of rates) or, for ``vd-b``, ``"weight"``.
+        sharing: of learned rates: ``"layer"``, ``"neuron"`` (an input unit; the default of A and B alike, so that they
+            learn the same rates) or, for ``vd-b``, ``"weight"``.
 
     Returns:
         The network, the weight of its divergence in the objective, and the report of its conversion (None where no
@@ -161,5 +162,5 @@ def prepare(
     model = build(model_spec, shape, outputs, RATES if chosen.dropout else None)
     if chosen.config is None:
         return model, chosen.kl_scale, None
-    report = convert_(model, chosen.config(sharing or chosen.default_sharing), where=chosen.where)
+    report = convert_(model, chosen.config(sharing), where=chosen.where)
     return model, chosen.kl_scale, report

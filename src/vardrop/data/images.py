@@ -119,14 +119,14 @@ def _from_jpeg(path: Path) -> list[tuple[Tensor, Tensor]]:
     """Arrays ``jpeg_``, ``offset_``, ``y_`` of ``train`` and ``test``: JPEG files end to end, and where each starts."""
     halves = []
     try:
-        with np.load(path) as arrays:
+        with path.open("rb") as file, np.load(file) as arrays:
             for half in ("train", "test"):
                 stream, offset, y = arrays[f"jpeg_{half}"], arrays[f"offset_{half}"], arrays[f"y_{half}"]
                 x = np.empty((len(offset) - 1, 32, 32, 3), np.uint8)
                 for i, (start, end) in enumerate(itertools.pairwise(offset)):
-                    x[i] = np.asarray(Image.open(io.BytesIO(stream[start:end].tobytes())))
+                    x[i] = np.asarray(Image.open(io.BytesIO(stream[start:end].tobytes()))).reshape(32, 32, 3)
                 halves.append((_scaled(x.transpose(0, 3, 1, 2)), _labels(y, len(x), path)))
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"vardrop.data: {path} must have CIFAR-10 as JPEG files, arrays jpeg_, offset_, y_ of train and test, got "
             f"one that breaks ({error}); get it anew"

@@ -141,7 +141,7 @@ class Found:
 def roots(root: Path | None = None) -> list[Path]:
     """Where data sets are looked for, in order: the argument, $VARDROP_DATA, ./data, the user's cache."""
     named = [root, os.environ.get("VARDROP_DATA") or None, "data", pooch.os_cache("vardrop")]
-    return [Path(place).expanduser() for place in named if place is not None]
+    return [Path(place).expanduser().absolute() for place in named if place is not None]
 
 
 def find(name: str, root: Path | None = None) -> tuple[Path, tuple[str, ...]] | None:
@@ -219,7 +219,7 @@ def download(name: str, root: Path | None = None) -> Path:
         raise ValueError(
             f"vardrop.data.download: name must be one of {can}, got {name!r}" + (f"; {_how(name)}" if source else "")
         )
-    folder = (roots()[-1] if root is None else Path(root).expanduser()) / source.folder
+    folder = roots(root)[0 if root is not None else -1] / source.folder
     folder.mkdir(parents=True, exist_ok=True)
     pooch.get_logger().setLevel("WARNING")
     for file, md5 in source.md5.items():
