@@ -1,0 +1,112 @@
+"""``vardrop reproduce list | run | report | check``."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from vardrop.reproduce import check as checking
+from vardrop.reproduce import claims as claiming
+from vardrop.reproduce import report as reporting
+from vardrop.reproduce import results as reading
+from vardrop.reproduce import run as running
+from vardrop.reproduce.experiment import SCALES, Cell
+from vardrop.reproduce.experiments import EXPERIMENTS, chosen
+
+app = typer.Typer(help="Run published results again and compare.", no_args_is_help=True, add_completion=False)
+_Results = Annotated[Path, typer.Option("--results", help="Where the results are kept.")]
+
+
+def _plainly(command: Callable[..., None]) -> Callable[..., None]:
+    """Our own errors as one line and exit status 2; anything else is a bug and keeps its traceback."""
+
+    @functools.wraps(command)
+    def guarded(*arguments: Any, **options: Any) -> None:
+        try:
+            command(*arguments, **options)
+        except (ValueError, TypeError, OSError) as error:
+            if not str(error).startswith("vardrop."):
+                raise
+            typer.echo(f"error: {error}", err=True)
+            for note in getattr(error, "__notes__", []):
+                typer.echo(f"  {note}", err=True)
+            raise typer.Exit(2) from error
+
+    return guarded
+
+
+@app.command("list")
+@_plainly
+def list_(results: _Results = Path("results")) -> None:
+    """The experiments, and how many of their cells are finished."""
+    table = Table("name", "what it shows", *SCALES)
+    for experiment in EXPERIMENTS.values():
+        done = []
+        for scale in SCALES:
+            todo, finished = running.pending([experiment], scale, results)
+            done.append(f"{len(finished)}/{len(todo) + len(finished)}")
+        table.add_row(experiment.name, experiment.summary, *done)
+    Console().print(table)
+
+
+@app.command()
+@_plainly
+def run(
+    name: Annotated[str, typer.Argument(help="An experiment, or all.")],
+    scale: Annotated[str, typer.Option(help="smoke, cpu or gpu.")] = "cpu",
+    results: _Results = Path("results"),
+    again: Annotated[bool, typer.Option("--again", help="Run finished cells again.")] = False,
+) -> None:
+    """Run the cells of an experiment that have no result yet."""
+    todo, done = running.pending(chosen(name), scale, results, damaged_ok=again)
+    if again:
+        todo, done = todo + done, []
+    console = Console(stderr=True)
+    if done:
+        console.print(f"{len(done)} cells are finished already")
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console) as progress:
+        bar = progress.add_task(name, total=len(todo))
+
+        def report(cell: Cell, result: reading.Result) -> None:
+            progress.console.print(f"{cell.experiment}: {result.seconds:.1f} s, {cell.path(results)}", highlight=False)
+            progress.advance(bar)
+
+        running.run_all(EXPERIMENTS, todo, results, report)
+
+
+@app.command()
+@_plainly
+def report(
+    results: _Results = Path("results"),
+    out: Annotated[Path, typer.Option(help="The page to write; figures go beside it.")] = Path("docs/reproduction.md"),
+) -> None:
+    """Write the page: the published numbers beside ours. Runs nothing."""
+    for path in reporting.write(reading.read_all(results), claiming.load(EXPERIMENTS), EXPERIMENTS, out):
+        typer.echo(str(path))
+
+
+@app.command()
+@_plainly
+def check(
+    results: _Results = Path("results"),
+    strict: Annotated[bool, typer.Option("--strict", help="A claim without a result fails too.")] = False,
+) -> None:
+    """Exit with 1 if a claim is outside its tolerance. Runs nothing."""
+    found = reading.read_all(results)
+    verdicts = checking.verdicts(claiming.load(EXPERIMENTS), found, EXPERIMENTS)
+    for verdict in verdicts:
+        typer.echo(checking.line(verdict))
+    for result in reading.left_over(found, EXPERIMENTS):
+        typer.echo(f"left out: no experiment asks for {result.cell.path(results)} any more")
+    failed = checking.failures(verdicts, strict)
+    if failed:
+        typer.echo(f"{len(failed)} of {len(verdicts)} claims fail: {', '.join(v.claim.id for v in failed)}", err=True)
+        raise typer.Exit(1)

@@ -1,0 +1,25 @@
+"""The experiments, written out: a new one is a file here and a line in this list."""
+
+from vardrop.reproduce.experiment import Experiment
+from vardrop.reproduce.experiments import kl, speed
+
+EXPERIMENTS: dict[str, Experiment] = {
+    experiment.name: experiment
+    for experiment in (
+        kl.EXPERIMENT,
+        speed.EXPERIMENT,
+    )
+}
+
+
+def chosen(name: str) -> list[Experiment]:
+    """The experiment of a name, or every one for ``"all"``.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if name == "all":
+        return list(EXPERIMENTS.values())
+    if name not in EXPERIMENTS:
+        raise ValueError(f"vardrop.reproduce: experiment must be all or one of {', '.join(EXPERIMENTS)}, got {name!r}")
+    return [EXPERIMENTS[name]]

@@ -1,0 +1,125 @@
+"""Run the cells of experiments and keep one JSON file for each."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import vardrop
+from vardrop.reproduce import results
+from vardrop.reproduce.experiment import Cell, Experiment
+
+_PACKAGES = ("vardrop", "torch", "numpy", "scipy", "mpmath", "lightning-fabric", "scikit-learn")
+
+
+def pending(
+    experiments: Iterable[Experiment], scale: str, root: Path, damaged_ok: bool = False
+) -> tuple[list[Cell], list[Cell]]:
+    """The cells that are still to be run, and those that have a result.
+
+    Args:
+        experiments: whose cells.
+        scale: at which scale.
+        root: where results are kept.
+        damaged_ok: do not look into the files: they will be replaced.
+
+    Raises:
+        ValueError: for an unknown scale, or if a result is there but damaged.
+    """
+    todo: list[Cell] = []
+    done: list[Cell] = []
+    for experiment in experiments:
+        for cell in experiment.at(scale):
+            path = cell.path(root)
+            if path.exists() and not damaged_ok:
+                results.read(path)
+            (done if path.exists() else todo).append(cell)
+    return todo, done
+
+
+def run_cell(experiment: Experiment, cell: Cell, root: Path) -> results.Result:
+    """Run one cell and write its result.
+
+    Raises:
+        ValueError: at scale gpu on a machine without one.
+        OSError: if the result cannot be written.
+    """
+    if cell.scale == "gpu" and not torch.cuda.is_available():
+        raise ValueError(
+            "vardrop.reproduce: scale gpu must have a CUDA device, got a machine without one; use --scale cpu"
+        )
+    start = time.perf_counter()
+    try:
+        rows = experiment.run_cell(cell.config)
+    except Exception as error:
+        error.add_note(f"in experiment {cell.experiment!r} at scale {cell.scale}, configuration {cell.config}")
+        raise
+    result = results.Result(
+        experiment=cell.experiment,
+        scale=cell.scale,
+        config=cell.config,
+        seed=cell.config.get("seed"),
+        versions=versions(),
+        commit=commit(),
+        device=device_name("cuda" if cell.scale == "gpu" else "cpu"),
+        threads=torch.get_num_threads(),
+        seconds=round(time.perf_counter() - start, 3),
+        rows=rows,
+    )
+    results.write(result, cell.path(root))
+    return result
+
+
+def run_all(
+    experiments: dict[str, Experiment],
+    cells: Iterable[Cell],
+    root: Path,
+    finished: Callable[[Cell, results.Result], None] = lambda cell, result: None,
+) -> None:
+    """Run cells one after the other; every one that ends is on disk before the next begins."""
+    for cell in cells:
+        finished(cell, run_cell(experiments[cell.experiment], cell, root))
+
+
+def versions() -> dict[str, str]:
+    """Python's version and those of the packages that numbers depend on, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit(package: Path = Path(vardrop.__file__).parent) -> str | None:
+    """The commit that the package's source is at, with ``+changes`` if it differs; None if it is not in a checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(package), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")  # fails where another project's checkout surrounds us
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", ".") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def device_name(kind: str) -> str:
+    """What the numbers were computed on, such as the processor's model."""
+    if kind == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
