@@ -485,7 +485,7 @@ def test_listing_says_how_to_get_everything(only):
 
 @pytest.fixture
 def mirror(tmp_path, monkeypatch):
-    """A web server with four small files, and a source that points to a dead mirror and to it."""
+    """A web server with four small files, and a source whose mirrors are: nobody, a wrong folder of it, and it."""
     folder = tmp_path / "mirror"
     write_idx(folder, rows=3)
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
@@ -495,7 +495,7 @@ def mirror(tmp_path, monkeypatch):
     thread.start()
     address = f"http://127.0.0.1:{server.server_port}/"
     md5 = {file: hashlib.md5(gzip.decompress((folder / file).read_bytes())).hexdigest() for file in IDX_FILES}
-    source = places.Source("small", "mnist", (IDX_FILES,), (address + "gone/", address), md5)
+    source = places.Source("small", "mnist", (IDX_FILES,), ("http://127.0.0.1:9/", address + "gone/", address), md5)
     monkeypatch.setitem(places.SOURCES, "mnist", source)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     yield folder
@@ -526,7 +526,7 @@ def test_a_file_with_another_content_is_refused(mirror, only):
     (mirror / IDX_FILES[0]).write_bytes(gzip.compress(idx(np.zeros((3, 28, 28)))))
     with pytest.raises(
         ConnectionError,
-        match=r"a mirror must give train-images.* got nothing from .*gone/.*checksum is wrong.*put it in",
+        match=r"a mirror must give train-images.* got nothing from .*:9/.*Error.*gone/.*checksum is wrong.*put it in",
     ):
         download("mnist", only)
     assert list((only / "mnist").iterdir()) == []

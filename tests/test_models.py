@@ -68,7 +68,8 @@ def test_softplus_in_conv_and_rectified_units_elsewhere():
 @pytest.mark.parametrize(
     "spec",
     ["", "mlp", "mlp:", "mlp:0x5", "mlp:3x0", "mlp:3x400x2", "mlp:5,", "mlp:-5", "mlp:3 x 4", "MLP:3x4",
-     "conv", "conv:0", "conv:0.01", "conv:-1", "conv:nan", "conv:inf", "conv:1e9", "lenet", "lenet-5 ", "resnet", "mlp:9999999"],
+     "conv", "conv:0", "conv:0.01", "conv:-1", "conv:nan", "conv:inf", "conv:1e9", "lenet", "lenet-5 ", "resnet",
+     "mlp:9999999"],
 )  # fmt: skip
 def test_a_wrong_spec_teaches_the_syntax(spec):
     with pytest.raises(ValueError, match=r"vardrop\.models: a model must be mlp:3x400 .*conv:k.*, got "):

@@ -212,6 +212,10 @@ def download(name: str, root: Path | None = None) -> Path:
     Raises:
         ValueError: if there is nothing to download under that name.
         ConnectionError: if no mirror gave a file with the right checksum.
+
+    Example:
+        >>> from vardrop.data import download
+        >>> folder = download("mnist")  # doctest: +SKIP
     """
     source = SOURCES.get(name)
     if source is None or not source.mirrors:
