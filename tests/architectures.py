@@ -1,4 +1,4 @@
-"""Networks of other people, built from their configurations, tiny: what conversion has to work on without knowing them."""
+"""Networks of other people, from their configurations, tiny: conversion has to work on what it has never heard of."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _TOLD_THEIR_SIZE = ("vit", "deit", "gmixer", "swin")
 
 
 def _make_torchvision_importable() -> None:
-    """Declare the operators whose absence stops ``import torchvision``, and so timm and transformers, on some CPU builds."""
+    """Declare the operators whose absence stops torchvision, and so timm and transformers, on some CPU builds."""
     with warnings.catch_warnings(action="ignore"), contextlib.suppress(ImportError):
         try:
             import torchvision  # noqa: F401

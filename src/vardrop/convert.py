@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -11,13 +11,23 @@ from torch.nn.modules import activation
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils import parametrize
 
-from vardrop.weights.modules import Noise, RandomWeights, attach, axes_of, detach, geometries
+from vardrop.weights.modules import (
+    Noise,
+    RandomWeights,
+    attach,
+    axes_of,
+    detach,
+    geometries,
+    noisy_weights,
+    weight_axes,
+)
 from vardrop.weights.posteriors import Posterior
 
-Where = str | Sequence[str] | Callable[[nn.Module, str], bool] | None
+Where = str | Iterable[str] | Callable[[nn.Module, str], bool] | None
 
 _ELEMENTWISE = (nn.Identity, nn.Flatten, *(getattr(activation, name) for name in activation.__all__))
 _PLAIN_RATE = "vardrop_replaced_rate"  # on a dropout that is switched off: the p that restore_ gives back
+_NOT_SELECTED = "is not selected by where"
 
 
 @dataclass
@@ -39,11 +49,11 @@ class Report:
 
     def __str__(self) -> str:
         count = sum(p.numel() for p in self.new_parameters)
-        lines = [f"converted {len(self.converted)} modules, {count:,} new parameters"]
+        lines = [f"converted: {len(self.converted)} ({count:,} new parameters)"]
         lines += [f"  {name}" for name in self.converted]
         lines += [f"  {name}: dropout of rate {p:g} replaced, now 0" for name, p in self.replaced.items()]
         if self.skipped:
-            lines += [f"left {len(self.skipped)} modules alone"]
+            lines += [f"left alone: {len(self.skipped)}"]
             lines += [f"  {name}: {reason}" for name, reason in self.skipped.items()]
         return "\n".join(lines)
 
@@ -57,27 +67,29 @@ def convert_(model: nn.Module, config: Posterior, where: Where = None, replace_d
 
     Known are Linear, Conv1-3d, ConvTranspose1-3d, Embedding, Bilinear, MultiheadAttention, RNN, LSTM, GRU and their
     cells (one weight sample per minibatch, shared over time), ``Conv1D`` of transformers, and what
-    :func:`register_layer` adds. A weight tied between modules has one noise, and one divergence. A module that is
-    converted already keeps its posterior.
+    :func:`register_layer` adds. A weight tied between modules has one noise, and one divergence: that of the first.
+    A module that is converted already keeps its posterior, and so does a weight that a converted module shares.
 
     Args:
         model: any module; may itself be a layer.
         config: the posterior, for example ``vd.VariationalDropout()``.
         where: which modules: a glob of names or several (``"encoder.*"``), or a predicate ``(module, name) -> bool``;
-            None for all.
+            None for all. A module with several names goes by any of them.
         replace_dropout: whether dropout modules right before a converted module of an ``nn.Sequential`` (activations
             between them do not count) are switched off; their p is where a rate starts that ``config`` leaves open.
+            One that also serves a module that is not converted stays on.
 
     Returns:
         A report: what was converted, what was left alone and why, the new parameters, the dropout replaced.
 
     Raises:
-        TypeError: if ``config`` is no posterior.
-        ValueError: if nothing was converted.
+        TypeError: if ``model`` is no module, ``config`` no posterior, or ``where`` none of the above.
+        ValueError: if a glob matches no module, or nothing was converted. The model is then as it was.
 
     Example:
-        >>> import torch, vardrop as vd
-        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Dropout(0.5), torch.nn.Linear(8, 2))
+        >>> import vardrop as vd
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 2))
         >>> report = vd.convert_(net, vd.VariationalDropout(sharing="layer"))
         >>> report.converted, report.replaced
         (['0', '3'], {'2': 0.5})
@@ -89,39 +101,48 @@ def convert_(model: nn.Module, config: Posterior, where: Where = None, replace_d
             "vardrop.convert_: config must be a posterior, for example vd.VariationalDropout(), got "
             f"{config.__name__ + ' (the class: call it)' if isinstance(config, type) else repr(config)}"
         )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"vardrop.convert_: model must be a torch.nn.Module, got {type(model).__name__}")
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    selected = _selected(where, names)
     report = Report()
-    chosen: list[tuple[str, nn.Module]] = []
-    for name, module in model.named_modules():
+    chosen: list[nn.Module] = []
+    for module, (name, *_) in names.items():
         shown = name or type(module).__name__
-        reason = _why_not(module, name, where)
+        reason = _why_not(module, module in selected)
         if reason is None:
-            chosen.append((name, module))
+            chosen.append(module)
             report.converted.append(shown)
         elif reason:
             report.skipped[shown] = reason
     if not chosen:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(report.skipped.items())[:5])
-        raise ValueError(f"vardrop.convert_: nothing to convert. {reasons or 'The model has no parameters'}")
+        reasons = sorted(report.skipped.items(), key=lambda item: item[1] == _NOT_SELECTED)[:5]
+        told = "; ".join(f"{name}: {reason}" for name, reason in reasons)
+        raise ValueError(f"vardrop.convert_: nothing to convert. {told or 'The model has no parameters'}")
 
-    dropouts = _dropouts_before(model, {id(module) for _, module in chosen}) if replace_dropout else {}
-    paths = {id(module): name for name, module in model.named_modules()}
-    made: dict[int, tuple[Noise, Tensor]] = {}  # by the identity of the mean: tied weights share their noise
-    for _, module in chosen:
+    dropouts = _dropouts_before(model, {id(module) for module in chosen}) if replace_dropout else {}
+    rates = {dropout: getattr(dropout, _PLAIN_RATE, dropout.p) or None for dropout in dropouts.values()}  # 0 is none
+    made = {  # by the identity of the mean: tied weights share their noise
+        id(mean): (Noise(other, geometry, ""), tensor) for _, mean, tensor, other, geometry in noisy_weights(model)
+    }
+    for module in chosen:
         dropout = dropouts.get(id(module))
         noise, tensors = {}, {}
         for name, geometry in geometries(module).items():
             mean: Tensor = module._parameters[name]  # type: ignore[assignment]
-            key = f"{name}_{config.noise_name}"
             if id(mean) not in made:
-                tensor = config.initial(mean.detach(), geometry, None if dropout is None else dropout.p)
-                made[id(mean)] = Noise(config, geometry, key), nn.Parameter(tensor) if config.learned else tensor
+                tensor = config.initial(mean.detach(), geometry, None if dropout is None else rates[dropout])
+                made[id(mean)] = Noise(config, geometry, ""), nn.Parameter(tensor) if config.learned else tensor
                 if config.learned:
                     report.new_parameters.append(made[id(mean)][1])  # type: ignore[arg-type]
-            noise[name] = made[id(mean)][0]._replace(key=key)
-            tensors[key] = made[id(mean)][1]
+            how, tensor = made[id(mean)]
+            noise[name] = how._replace(key=f"{name}_{how.config.noise_name}")
+            tensors[noise[name].key] = tensor
         attach(module, noise, tensors)
         if dropout is not None and dropout.p > 0:
-            report.replaced[paths[id(dropout)]] = dropout.p
+            report.replaced[names[dropout][0]] = dropout.p
             setattr(dropout, _PLAIN_RATE, dropout.p)
             dropout.p = 0.0
     return report
@@ -154,48 +175,64 @@ def restore_(model: nn.Module) -> list[str]:
     return restored
 
 
-def _selected(where: Where, module: nn.Module, name: str) -> bool:
+def _selected(where: Where, names: dict[nn.Module, list[str]]) -> set[nn.Module]:
+    """The modules that ``where`` asks for, by any of their names."""
     if where is None:
-        return True
+        return set(names)
     if callable(where):
-        return bool(where(module, name))
-    return any(fnmatch.fnmatchcase(name, glob) for glob in ([where] if isinstance(where, str) else where))
+        return {module for module, called in names.items() if any(where(module, name) for name in called)}
+    globs = [where] if isinstance(where, str) else list(where) if isinstance(where, Iterable) else [where]
+    chosen: set[nn.Module] = set()
+    for glob in globs:
+        if not isinstance(glob, str):
+            raise TypeError(
+                "vardrop.convert_: where must be a glob of module names, several globs, or a predicate "
+                f"(module, name) -> bool, got {glob!r}"
+            )
+        found = {module for module, called in names.items() if any(fnmatch.fnmatchcase(name, glob) for name in called)}
+        if not found:
+            some = ", ".join(repr(called[0]) for called in list(names.values())[:8])
+            raise ValueError(f"vardrop.convert_: where must match the name of a module ({some}, ...), got {glob!r}")
+        chosen |= found
+    return chosen
 
 
-def _why_not(module: nn.Module, name: str, where: Where) -> str | None:
+def _why_not(module: nn.Module, selected: bool) -> str | None:
     """Why a module is not converted, in a sentence; None if it is, empty if there is nothing in it to convert."""
     kind = type(module)
     if isinstance(module, RandomWeights):
         return "is converted already; vd.restore_ it first to give it another posterior"
     own = [p for p in module._parameters.values() if p is not None]
-    known = axes_of(kind)
-    if known is None and not own:
-        base = next((base for base in kind.__mro__[1:] if axes_of(base) is not None), None)
-        if base is None:
-            return ""
-    if not _selected(where, module, name):
-        return "is not selected by where"
+    known = axes_of(kind) is not None
+    base = next((base for base in kind.__mro__[1:] if axes_of(base) is not None), None)
+    if not known and base is None and not own:
+        return ""
+    if not selected:
+        return _NOT_SELECTED
     if parametrize.is_parametrized(module):
         return "is parametrised by torch.nn.utils.parametrize; remove the parametrisation first"
-    if known is None:
-        base = next((base for base in kind.__mro__[1:] if axes_of(base) is not None), None)
-        if base is not None:
-            return (
-                f"is a {kind.__name__}, a subclass of {base.__name__} that may compute something else; "
-                f"vd.register_layer({kind.__name__}, weight=...) makes it known"
-            )
-        if all(p.ndim < 2 for p in own):
-            return f"is a {kind.__name__}, which has no weight matrix"
-        return f"is a {kind.__name__}, which is not known; vd.register_layer makes it so"
-    found = geometries(module)
-    if not found:
-        return "has no weight parameter of its own (weight_norm, spectral_norm and prune replace it); undo that first"
-    weights = [module._parameters[n] for n in found]
-    if any(isinstance(p, nn.UninitializedParameter) for p in weights):
+    if not known and any(isinstance(p, nn.UninitializedParameter) for p in own):
         return "is lazy and has no shape yet; run a forward pass first"
-    if any(not p.is_floating_point() for p in weights):  # type: ignore[union-attr]
-        return f"has weights of type {weights[0].dtype}; only floating-point weights can be random"  # type: ignore[union-attr]
-    if any(type(p).__name__ == "DTensor" for p in weights):
+    if not known and base is not None:
+        return (
+            f"its class {kind.__name__} is a subclass of {base.__name__} that may compute something else; "
+            f"vd.register_layer({kind.__name__}, weight=...) makes it known"
+        )
+    if not known and all(p.ndim < 2 for p in own):
+        return f"its class {kind.__name__} has no weight matrix"
+    if not known:
+        return f"its class {kind.__name__} is not known; vd.register_layer makes it so"
+    axes = weight_axes(module)
+    lost = [name for name in axes if name not in module._parameters]
+    if lost:
+        return f"has no parameter {lost[0]!r} (weight_norm, spectral_norm and prune replace it); undo that first"
+    weights = {name: p for name in axes if (p := module._parameters[name]) is not None}
+    for name, p in weights.items():
+        if not p.is_floating_point():
+            return f"has a {name} of type {p.dtype}; only floating-point weights can be random"
+        if max(axes[name]) >= p.ndim:
+            return f"has a {name} of shape {tuple(p.shape)}, without the axes {axes[name]} that it is registered with"
+    if any(type(p).__name__ == "DTensor" for p in weights.values()):
         return "is sharded already (its weight is a DTensor); convert before distributing the model"
     if getattr(module, "max_norm", None) is not None:
         return "has max_norm, which rewrites the weight in place"
@@ -204,9 +241,9 @@ def _why_not(module: nn.Module, name: str, where: Where) -> str | None:
     return None
 
 
-def _leaves(module: nn.Module) -> Iterator[nn.Module]:
+def _leaves(module: nn.Sequential) -> Iterator[nn.Module]:
     """The modules of nested nn.Sequential containers in the order they run."""
-    for child in module.children():
+    for child in module:  # not children(), which leaves out repetitions
         if type(child) is nn.Sequential:
             yield from _leaves(child)
         else:
@@ -214,8 +251,9 @@ def _leaves(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _dropouts_before(model: nn.Module, chosen: set[int]) -> dict[int, _DropoutNd]:
-    """id of a chosen module -> the dropout that an nn.Sequential runs right before it."""
+    """By the id of a chosen module: the dropout that an nn.Sequential runs right before it, and before nothing else."""
     found: dict[int, _DropoutNd] = {}
+    needed: set[int] = set()
     for container in model.modules():
         if type(container) is not nn.Sequential:
             continue
@@ -226,5 +264,7 @@ def _dropouts_before(model: nn.Module, chosen: set[int]) -> dict[int, _DropoutNd
             elif not isinstance(child, _ELEMENTWISE):
                 if dropout is not None and id(child) in chosen:
                     found[id(child)] = dropout
+                elif dropout is not None and not isinstance(child, RandomWeights):
+                    needed.add(id(dropout))
                 dropout = None
-    return found
+    return {module: dropout for module, dropout in found.items() if id(dropout) not in needed}

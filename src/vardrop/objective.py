@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +16,7 @@ from vardrop.weights.modules import noisy_weights
 
 def _whole(x: Tensor) -> Tensor:
     """All of a tensor that FSDP has sharded, so that its divergence counts once."""
-    return x.full_tensor() if type(x).__name__ == "DTensor" else x  # type: ignore[operator]
+    return x.full_tensor() if type(x).__name__ == "DTensor" else x  # type: ignore[attr-defined]
 
 
 def kl_divergence(model: nn.Module) -> Tensor:
@@ -40,13 +42,14 @@ def kl_divergence(model: nn.Module) -> Tensor:
         42.67
     """
     terms = [
-        config.kl(_whole(mean), _whole(noise), geometry).float() for _, mean, noise, config, geometry in noisy_weights(model)
+        config.kl(_whole(mean), _whole(noise), geometry) for _, mean, noise, config, geometry in noisy_weights(model)
     ]
     if not terms:
         raise ValueError(
             f"vardrop.kl_divergence: no weight of this {type(model).__name__} is random; call vd.convert_ first"
         )
-    return torch.stack(terms).sum()
+    dtype = functools.reduce(torch.promote_types, (term.dtype for term in terms), torch.float32)
+    return torch.stack([term.to(terms[0].device, dtype) for term in terms]).sum()
 
 
 def dropout_rates(model: nn.Module, as_: str = "rate") -> dict[str, Tensor]:
@@ -84,6 +87,11 @@ def dropout_rates(model: nn.Module, as_: str = "rate") -> dict[str, Tensor]:
         }
 
 
+def _finite(x: object) -> bool:
+    """Whether x is a finite number, of Python or NumPy; True and False are none."""
+    return isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x)
+
+
 class Terms(NamedTuple):
     """The parts of one loss: nll (mean per data point), kl (sum), scale (its weight, warm-up included)."""
 
@@ -106,7 +114,8 @@ class ELBO:
             ``lambda step: min(1.0, max(0.0, (step - 1000) / 5000))``.
 
     Raises:
-        ValueError: if ``num_data`` is not positive, ``kl_scale`` negative, or ``mean_nll`` is not a finite scalar.
+        ValueError: if ``num_data`` is no positive number, ``kl_scale`` or ``warmup`` are negative or not finite, or
+            ``mean_nll`` is no scalar tensor.
 
     Example:
         >>> import torch, vardrop as vd
@@ -117,7 +126,7 @@ class ELBO:
         >>> loss = elbo(torch.nn.functional.cross_entropy(layer(x), y))
         >>> loss.backward()
         >>> round(elbo.last.kl, 3), elbo.last.scale
-        (3.156, 1.0)
+        (3.467, 1.0)
     """
 
     def __init__(
@@ -127,15 +136,17 @@ class ELBO:
         kl_scale: float = 1.0,
         warmup: int | Callable[[int], float] | None = None,
     ) -> None:
-        if isinstance(num_data, bool) or not num_data > 0:
+        if not (_finite(num_data) and num_data > 0):
             raise ValueError(
                 "vardrop.ELBO: num_data must be the number of examples in the training set, a positive number, got "
                 f"{num_data!r}; for example num_data=len(train_set)"
             )
-        if not kl_scale >= 0 or math.isinf(kl_scale):
-            raise ValueError(f"vardrop.ELBO: kl_scale must be finite and not negative, got {kl_scale}")
-        if isinstance(warmup, int) and warmup < 0:
-            raise ValueError(f"vardrop.ELBO: warmup must be a number of steps, 0 or more, got {warmup}")
+        if not (_finite(kl_scale) and kl_scale >= 0):
+            raise ValueError(f"vardrop.ELBO: kl_scale must be finite and not negative, got {kl_scale!r}")
+        if not (warmup is None or callable(warmup) or (_finite(warmup) and warmup >= 0)):
+            raise ValueError(
+                f"vardrop.ELBO: warmup must be a number of steps, 0 or more, or a function of the step, got {warmup!r}"
+            )
         self.model = model
         self.num_data = num_data
         self.kl_scale = kl_scale
@@ -147,22 +158,29 @@ class ELBO:
         """The weight of the KL at this step: ``kl_scale`` times the warm-up."""
         if self.warmup is None or self.warmup == 0:
             return self.kl_scale
-        factor = self.warmup(self.step) if callable(self.warmup) else min(1.0, self.step / self.warmup)
-        return self.kl_scale * factor
+        if not callable(self.warmup):
+            return self.kl_scale * min(1.0, self.step / self.warmup)
+        factor = self.warmup(self.step)
+        if not (_finite(factor) and factor >= 0):
+            raise ValueError(
+                f"vardrop.ELBO: warmup must return a factor, finite and not negative, got {factor!r} for {self.step}"
+            )
+        return self.kl_scale * float(factor)
 
     def __call__(self, mean_nll: Tensor) -> Tensor:
         """The loss, from the *mean* negative log-likelihood of a minibatch."""
-        if mean_nll.ndim:
+        if not isinstance(mean_nll, Tensor) or mean_nll.ndim:
+            given = f"shape {tuple(mean_nll.shape)}" if isinstance(mean_nll, Tensor) else repr(mean_nll)
             raise ValueError(
-                "vardrop.ELBO: expects the mean negative log-likelihood of the minibatch, a scalar, got shape "
-                f"{tuple(mean_nll.shape)}; did you mean elbo(nll.mean())?"
+                "vardrop.ELBO: expects the mean negative log-likelihood of the minibatch, a scalar tensor, got "
+                f"{given}; did you mean elbo(nll.mean())?"
             )
         scale = self.scale()
         kl = kl_divergence(self.model) if any(True for _ in noisy_weights(self.model)) else mean_nll.new_zeros(())
         self._last = mean_nll.detach(), kl.detach(), scale
         if self.model.training:
             self.step += 1
-        return mean_nll + scale / self.num_data * kl
+        return mean_nll + scale / self.num_data * kl.to(mean_nll.device)
 
     @property
     def last(self) -> Terms:
@@ -178,4 +196,7 @@ class ELBO:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up where :meth:`state_dict` left off."""
-        self.step = state["step"]
+        step = state.get("step")
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+            raise ValueError(f"vardrop.ELBO: state must have a 'step', a whole number of 0 or more, got {state!r}")
+        self.step = step

@@ -29,6 +29,17 @@ def _is_sharded(weight: Tensor) -> bool:
     return type(weight).__name__ == "DTensor"
 
 
+def mean_of(module: Any, name: str) -> Tensor:
+    """The parameter of a converted module that is the mean of its random weight ``name``."""
+    mean: Tensor | None = module._parameters.get(name)
+    if mean is None:
+        raise RuntimeError(
+            f"vardrop: a converted layer must keep its parameter {name!r}, got a {type(module).__name__} without it "
+            "(weight_norm, spectral_norm and prune replace it); undo that, or vd.restore_ the layer before it"
+        )
+    return mean
+
+
 class RandomWeights:
     """Mixed into a plain module class: in training its weights read as random variables, else as parameters.
 
@@ -40,8 +51,10 @@ class RandomWeights:
 
     def random_weight(self, name: str) -> RandomWeight | Tensor:
         """The weight called ``name`` as its forward sees it: random in training, the mean parameter in evaluation."""
-        mean: Tensor = self._parameters[name]  # type: ignore[attr-defined]
-        if name not in self.vardrop_noise or not self.training or _is_sharded(mean):  # type: ignore[attr-defined]
+        if name not in self.vardrop_noise:
+            return self._parameters[name]  # type: ignore[attr-defined]
+        mean = mean_of(self, name)
+        if not self.training or _is_sharded(mean):  # type: ignore[attr-defined]
             return mean
         config, geometry, key = self.vardrop_noise[name]
         return config.random(mean, getattr(self, key), geometry)
@@ -51,7 +64,7 @@ class RandomWeights:
         return ", ".join(filter(None, [super().extra_repr(), *configs]))  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _rebuild, (type(self).plain,), self.__getstate__()  # type: ignore[attr-defined]
+        return _rebuild, (type(self).vardrop_plain,), self.__getstate__()  # type: ignore[attr-defined]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """A checkpoint of the plain module loads too: it has no noise at all, and the noise stays as it is."""
@@ -64,7 +77,10 @@ class RandomWeights:
 
 def _random_attribute(name: str) -> property:
     def read(self: RandomWeights) -> RandomWeight | Tensor:
-        return self.random_weight(name)
+        try:
+            return self.random_weight(name)
+        except AttributeError as error:  # nn.Module would answer it with the plain parameter: no noise, in silence
+            raise RuntimeError(f"vardrop: {name!r} must be random in training, but: {error}") from error
 
     return property(read)
 
@@ -112,11 +128,16 @@ def axes_of(plain: type[nn.Module]) -> Axes | None:
     return _PLAIN.get(plain, _FOREIGN.get(f"{plain.__module__}.{plain.__qualname__}"))
 
 
+def weight_axes(module: nn.Module) -> Axes:
+    """How the weights of a plain module of a known class lie."""
+    if isinstance(module, nn.RNNBase):
+        return {name: (1, 0) for name in module._flat_weights_names if name.startswith("weight")}
+    return axes_of(type(module)) or {}
+
+
 def geometries(module: nn.Module) -> dict[str, Geometry]:
     """The weights of a plain module that can be random, by name."""
-    axes = axes_of(type(module)) or {}
-    if isinstance(module, nn.RNNBase):
-        axes = {name: (1, 0) for name in module._flat_weights_names if name.startswith("weight")}
+    axes = weight_axes(module)
     groups = getattr(module, "groups", 1)
     found = {name: module._parameters.get(name) for name in axes}
     return {n: Geometry(tuple(p.shape), *axes[n], groups) for n, p in found.items() if p is not None}
@@ -134,7 +155,7 @@ def register_layer(plain: type[nn.Module], **axes: tuple[int, int]) -> None:
 
     Raises:
         TypeError: if ``plain`` is no module class.
-        ValueError: if it is known already, or no weight is named.
+        ValueError: if it is known already, no weight is named, or its axes are no pair.
 
     Example:
         >>> import torch, vardrop as vd
@@ -151,13 +172,21 @@ def register_layer(plain: type[nn.Module], **axes: tuple[int, int]) -> None:
         raise ValueError(f"vardrop.register_layer: {plain.__name__} is registered already")
     if not axes:
         raise ValueError(f"vardrop.register_layer: name a weight of {plain.__name__}, for example weight=(1, 0)")
+    for name, pair in axes.items():
+        if not (
+            isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(axis, int) and axis >= 0 for axis in pair)
+        ):
+            raise ValueError(
+                f"vardrop.register_layer: {name} must have two axes, (of input units, of output units), got {pair!r}; "
+                "for example weight=(1, 0)"
+            )
     _PLAIN[plain] = axes
 
 
 def noisy_class(plain: type[nn.Module]) -> type[nn.Module]:
     """The class with random weights that stands for ``plain``: always the same one."""
     if plain not in _NOISY:
-        body: dict[str, Any] = {"plain": plain, "__doc__": f"{plain.__name__} with random weights."}
+        body: dict[str, Any] = {"vardrop_plain": plain, "__doc__": f"{plain.__name__} with random weights."}
         if issubclass(plain, nn.RNNBase):
             body["_flat_weights"] = _flat_weights()
         else:
@@ -168,6 +197,11 @@ def noisy_class(plain: type[nn.Module]) -> type[nn.Module]:
 
 def _rebuild(plain: type[nn.Module]) -> nn.Module:
     """An empty module of the noisy class of ``plain``: how pickle and deepcopy make one."""
+    if axes_of(plain) is None:
+        raise ValueError(
+            f"vardrop: a converted {plain.__name__} can be loaded only where that class is registered, got one that is "
+            f"not; call vd.register_layer({plain.__name__}, ...) first"
+        )
     noisy = noisy_class(plain)
     return noisy.__new__(noisy)
 
@@ -188,7 +222,7 @@ def detach(module: nn.Module) -> None:
     for noise in module.vardrop_noise.values():  # type: ignore[union-attr,operator]
         delattr(module, noise.key)
     del module.vardrop_noise
-    module.__class__ = module.plain  # type: ignore[assignment]
+    module.__class__ = type(module).vardrop_plain  # type: ignore[assignment,attr-defined]
     if isinstance(module, nn.RNNBase):
         module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
 
@@ -205,12 +239,17 @@ class NoisyWeight(NamedTuple):
 
 def noisy_weights(model: nn.Module) -> Iterator[NoisyWeight]:
     """Every random weight of a model, once, also if several modules share it."""
-    seen: set[int] = set()
+    seen: dict[int, Tensor] = {}
     for path, module in model.named_modules():
         if not isinstance(module, RandomWeights):
             continue
         for name, (config, geometry, key) in module.vardrop_noise.items():
-            mean: Tensor = module._parameters[name]  # type: ignore[assignment,attr-defined]
+            mean, noise, shown = mean_of(module, name), getattr(module, key), f"{path}.{name}" if path else name
             if id(mean) not in seen:
-                seen.add(id(mean))
-                yield NoisyWeight(f"{path}.{name}" if path else name, mean, getattr(module, key), config, geometry)
+                seen[id(mean)] = noise
+                yield NoisyWeight(shown, mean, noise, config, geometry)
+            elif isinstance(noise, nn.Parameter) and noise is not seen[id(mean)]:
+                raise ValueError(
+                    f"vardrop: modules that share a weight must share its noise, got {shown} with noise of its own; "
+                    "tie weights before vd.convert_"
+                )
