@@ -183,7 +183,7 @@ class TestPageOfARun:
 
     def test_text_from_files_is_escaped(self, run):
         config = json.loads((run / "config.json").read_text())
-        config["data"] = "<script>alert(1)</script>.csv"
+        config["data"] = "folder/<script>alert(1)</script>"
         (run / "config.json").write_text(json.dumps(config))
         for name in ("metrics.jsonl", "summary.json"):
             text = (run / name).read_text().replace("0.weight", "<b>w</b>").replace("cpu, 2 threads", "<i>cpu</i>")
@@ -259,6 +259,26 @@ class TestFigures:
 
     def test_a_histogram_of_nothing_falls_back_to_the_extremes(self):
         assert figures._middle({"min": 0.1, "max": 0.2, "edges": [0.1, 0.2], "counts": [0]}) == (0.1, 0.2)
+
+
+def test_numbers_to_predict_keep_their_digits(tmp_path):
+    run = make_run(tmp_path / "run", task="regression")
+    columns = {
+        "features": np.zeros((1, 2), np.float32), "label": np.array([17.0]), "predicted": np.array([12345.0]),
+        "score": np.ones(1, np.float32), "kind": np.ones(1, np.uint8),
+    }  # fmt: skip
+    save_file(columns, run / "examples.safetensors")
+    text = page(write(run))
+    assert "<b>17.00</b>" in text
+    assert "<b>12345</b>" in text
+
+
+def test_a_data_file_is_named_without_its_folders(run):
+    config = json.loads((run / "config.json").read_text()) | {"data": "some/where/prices.csv"}
+    (run / "config.json").write_text(json.dumps(config))
+    text = page(write(run))
+    assert "vd-a2 on prices.csv" in text
+    assert "--data some/where/prices.csv" in text
 
 
 class TestPartialRuns:

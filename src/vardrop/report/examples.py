@@ -63,5 +63,5 @@ def _shown(examples: Examples, i: int) -> Shown:
 
 def _name(value: Any, classes: tuple[str, ...]) -> str:
     if isinstance(value, np.floating):
-        return f"{value:.4g}"
+        return f"{value:.0f}" if 1e3 <= abs(value) < 1e9 else f"{value:#.4g}"  # zeros kept: columns line up
     return classes[value] if 0 <= value < len(classes) else str(value)

@@ -141,7 +141,7 @@ def rates_by_layer(runs: Sequence[Run], labels: Sequence[str]) -> go.Figure | No
     ticks = {"tickvals": list(range(len(layers))), "ticktext": [_plain(layer) for layer in layers]}
     figure.update_xaxes(title_text="weight, from input to output", range=[-0.5, len(layers) - 0.5], **ticks)
     figure.update_yaxes(title_text="dropout rate p", rangemode="tozero")
-    return _style(figure, 380).update_layout(hovermode="closest")
+    return _style(figure, 380).update_layout(hovermode="closest", showlegend=True)
 
 
 def _middle(row: dict[str, Any]) -> tuple[float, float]:

@@ -36,13 +36,14 @@ _GROUPS = {
     (True, 0): (
         "Furthest off",
         "nll",
-        "The test examples with the highest negative log-likelihood, in nats: the prediction is furthest off for its "
-        "stated spread.",
+        "The test examples with the highest negative log-likelihood, in nats: their predictions are furthest from the "
+        "truth.",
     ),
     (True, 1): (
         "Most uncertain",
         "spread",
-        "The test examples on whose prediction the noise has the largest effect.",
+        "The test examples whose prediction varies most when the noise is on: its standard deviation, in the units of "
+        "the target.",
     ),
 }
 
@@ -109,7 +110,7 @@ def write_comparison(runs: Sequence[Path], out: Path) -> Path:
     page = _render(
         "comparison.html.j2",
         rows=[(label, _link(run, out), run, _method(run)) for label, run in zip(labels, found, strict=True)],
-        data=sorted({run.config["data"] for run in found}),
+        data=sorted({run.data for run in found}),
         models=sorted({run.config["model"] for run in found}),
         curves=_embed(figures.validation_curves(found, labels), "curves"),
         rates=_embed(figures.rates_by_layer(found, labels), "rates"),

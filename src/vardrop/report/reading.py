@@ -65,6 +65,12 @@ class Run:
         return None if best is None else int(best)
 
     @property
+    def data(self) -> str:
+        """Name of the data set; of a file, without its folders."""
+        data = str(self.config["data"])
+        return Path(data).name if data.lower().endswith(".csv") else data
+
+    @property
     def regression(self) -> bool:
         """Whether it predicts numbers."""
         return "test_rmse" in (self.summary or {}) or any("val_rmse" in line for line in self.metrics)
