@@ -38,6 +38,13 @@ def _plainly(command: Callable[..., None]) -> Callable[..., None]:
             for note in getattr(error, "__notes__", []):
                 typer.echo(f"  {note}", err=True)
             raise typer.Exit(2) from error
+        except ModuleNotFoundError as error:
+            typer.echo(
+                f"error: vardrop.reproduce: this needs {error.name}, which is not installed; "
+                "pip install 'vardrop[reproduce]'",
+                err=True,
+            )
+            raise typer.Exit(2) from error
 
     return guarded
 

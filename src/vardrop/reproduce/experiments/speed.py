@@ -45,7 +45,7 @@ class Form(NamedTuple):
 def cells(scale: str) -> list[Config]:
     """One cell: all forms have to be measured side by side."""
     size = {
-        "smoke": {"measured": 8, "chunk": 4, "rounds": 1},
+        "smoke": {"measured": 4, "chunk": 2, "rounds": 1},
         "cpu": {"measured": 64, "chunk": 16, "rounds": 7},
         "gpu": {"measured": 1000, "chunk": 100, "rounds": 7},
     }[scale]
