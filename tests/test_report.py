@@ -505,7 +505,7 @@ def test_a_browser_draws_the_figures(run, tmp_path):
             f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--virtual-time-budget=5000",
             "--dump-dom", path.as_uri(),
         ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
         drawn = re.sub(r"<script.*?</script>", "", done.stdout, flags=re.DOTALL)
         assert len(re.findall(r'class="main-svg"[^>]*', drawn)) >= plots
         assert drawn.count('class="plotly-graph-div js-plotly-plot"') == plots
