@@ -217,12 +217,12 @@ def attach(module: nn.Module, noise: dict[str, Noise], tensors: dict[str, Tensor
             module.register_buffer(key, tensor)
 
 
-def detach(module: nn.Module) -> None:
+def detach(module: Any) -> None:
     """Undo :func:`attach`: the plain class again, without noise tensors."""
-    for noise in module.vardrop_noise.values():  # type: ignore[union-attr,operator]
+    for noise in module.vardrop_noise.values():
         delattr(module, noise.key)
     del module.vardrop_noise
-    module.__class__ = type(module).vardrop_plain  # type: ignore[assignment,attr-defined]
+    module.__class__ = type(module).vardrop_plain
     if isinstance(module, nn.RNNBase):
         module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
 
