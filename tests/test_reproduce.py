@@ -423,7 +423,7 @@ def test_check_passes_when_every_claim_holds(smoke, tmp_path):
     plant_everything(smoke, tmp_path, naive=210.0)
     passed = call("check", "--strict", "--results", tmp_path)
     assert passed.exit_code == 0, passed.output
-    assert "holds: speed-naive (ours 210 at scale cpu, target ≥ 200, ÷ 1.5)" in passed.output
+    assert "holds: speed-naive (ours 210 at scale cpu, target ≥ 200, ÷ 1.34)" in passed.output
 
 
 def test_check_fails_and_names_a_planted_wrong_result(smoke, tmp_path):
@@ -464,7 +464,7 @@ def test_the_report_reads_json_and_runs_nothing(smoke, tmp_path, monkeypatch):
     assert call("report", "--results", root, "--out", page).exit_code == 0
     text = page.read_text()
     assert "| speed-naive | Kingma, Salimans, Welling 2015, section 5, Speed |" in text
-    assert "| ≥ 200, ÷ 1.5 | 180 | cpu | within tolerance |" in text
+    assert "| ≥ 200, ÷ 1.34 | 180 | cpu | within tolerance |" in text
     assert "kl-exact-value" in text
     for name in ("kl-cpu.svg", "speed-cpu.svg"):
         assert f"(figures/{name})" in text
