@@ -59,18 +59,11 @@ class Averages:
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """Let the parameters be their averages until the block ends."""
-        with holding(self.parameters, self.values):
-            yield
-
-
-@contextmanager
-def holding(parameters: list[Tensor], values: list[Tensor]) -> Iterator[None]:
-    """Let parameters have other values until the block ends, whatever happens in it."""
-    with torch.no_grad():
-        here = local(parameters)
-        kept = [p.clone() for p in here]
-        torch._foreach_copy_(here, local(values))
-        try:
-            yield
-        finally:
-            torch._foreach_copy_(here, kept)
+        with torch.no_grad():
+            here = local(self.parameters)
+            kept = [p.clone() for p in here]
+            torch._foreach_copy_(here, local(self.values))
+            try:
+                yield
+            finally:
+                torch._foreach_copy_(here, kept)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vardrop.training.averaging import Averages
 from vardrop.training.config import Config
+from vardrop.training.devices import gather, on_first, seed_noise
 from vardrop.training.files import read_tensors, write_tensors
 from vardrop.training.sharding import assign_, whole
 from vardrop.training.task import Task
@@ -81,8 +82,8 @@ def _random_states(fabric: Fabric, order: torch.Generator) -> dict[str, Tensor]:
         here["cuda"] = torch.cuda.get_rng_state(fabric.device)
     states = {"rng.order": order.get_state()}
     for kind, state in here.items():
-        gathered = fabric.all_gather(state.to(fabric.device)).reshape(fabric.world_size, -1)
-        states |= {f"rng.{kind}.{rank}": row for rank, row in enumerate(gathered)}
+        rows = gather(fabric, state.to(fabric.device))
+        states |= {f"rng.{kind}.{rank}": row for rank, row in enumerate(rows)}
     return states
 
 
@@ -100,8 +101,7 @@ def save_checkpoint(path: Path, state: State, config: Config, fabric: Fabric) ->
         "precision": fabric.strategy.precision.state_dict(),
         "processes": fabric.world_size,
     }
-    if fabric.is_global_zero:
-        write_tensors(path, tensors, about)
+    on_first(fabric, lambda: write_tensors(path, tensors, about))
 
 
 def read_checkpoint(path: Path, config: Config) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -128,16 +128,13 @@ def read_checkpoint(path: Path, config: Config) -> tuple[dict[str, Tensor], dict
 def load_checkpoint(path: Path, state: State, config: Config, fabric: Fabric) -> None:
     """Put a run back to where :func:`save_checkpoint` saw it.
 
+    With other devices, or another number of them, everything goes on but the noise, which starts anew.
+
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: for whatever :func:`read_checkpoint` refuses, for another number of processes or other shapes.
+        ValueError: for whatever :func:`read_checkpoint` refuses or other shapes.
     """
     tensors, about = read_checkpoint(path, config)
-    if about["processes"] != fabric.world_size:
-        raise ValueError(
-            f"vardrop.train: {path} must go on with as many processes as it was made by, {about['processes']}, got "
-            f"{fabric.world_size}; each has random numbers of its own"
-        )
     state.optimizer.state.clear()
     for name, parameter in state.task.named_parameters():
         prefix = f"optimizer.{name}."
@@ -156,10 +153,16 @@ def load_checkpoint(path: Path, state: State, config: Config, fabric: Fabric) ->
     for name, tensor in parts.items():
         assign_(tensor, tensors[name])
     state.order.set_state(tensors["rng.order"])
-    torch.set_rng_state(tensors[f"rng.cpu.{fabric.global_rank}"])
-    if fabric.device.type == "cuda":
-        torch.cuda.set_rng_state(tensors[f"rng.cuda.{fabric.global_rank}"], fabric.device)
     fabric.strategy.precision.load_state_dict(about["precision"])
     progress = about["progress"]
     state.progress = Progress(**progress | {"best": None if progress["best"] is None else tuple(progress["best"])})
     state.averages.step = state.progress.average_step
+
+    cpu, cuda = (tensors.get(f"rng.{kind}.{fabric.global_rank}") for kind in ("cpu", "cuda"))
+    on_cuda = fabric.device.type == "cuda"
+    if about["processes"] != fabric.world_size or cpu is None or (cuda is None) == on_cuda:
+        seed_noise(config.seed + state.progress.step, fabric.global_rank)
+        return
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state(cuda, fabric.device)

@@ -13,8 +13,9 @@ from vardrop.weights.estimators import NAMES as ESTIMATORS
 
 ACCELERATORS = ("cpu", "gpu", "cuda", "mps", "auto")
 STRATEGIES = ("auto", "ddp", "fsdp2")
-PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed")
-MAY_CHANGE = frozenset({"epochs", "tensorboard", "data_dir"})  # on resuming: none of them changes a step already taken
+PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
+# On resuming: none of these changes the steps already taken, and where they were taken does not matter to the next.
+MAY_CHANGE = frozenset({"epochs", "tensorboard", "data_dir", "accelerator", "devices", "strategy"})
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,17 @@ import logging
 import os
 import platform
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.strategies import ModelParallelStrategy
-from torch import nn
+from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
+from torch import Tensor, nn
 
 from vardrop.training.config import Config
 
+T = TypeVar("T")
 _RANK_STRIDE = 1_000_003  # between the seeds of two processes: no seed that a person picks meets another's
 
 
@@ -35,7 +37,7 @@ def make_fabric(config: Config) -> Fabric:
     Raises:
         ValueError: if this machine has no such device, or Fabric cannot combine the choices.
     """
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     devices, nodes = config.devices, 1
     if "LOCAL_WORLD_SIZE" in os.environ:  # under torchrun
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
@@ -63,8 +65,36 @@ def make_fabric(config: Config) -> Fabric:
 
 
 def seed_noise(seed: int, rank: int) -> None:
-    """Give every process its own noise; weights that start the same are drawn before."""
-    torch.manual_seed(seed + _RANK_STRIDE * rank)
+    """Give every process noise of its own, other numbers than those of the weights, which start the same."""
+    torch.manual_seed(seed + _RANK_STRIDE * (rank + 1))
+
+
+def on_first(fabric: Fabric, do: Callable[[], T]) -> T:
+    """Let the first process do something, and every process have its result, or raise its error."""
+    done: Any = None
+    if fabric.is_global_zero:
+        try:
+            done = do()
+        except (OSError, ValueError) as error:
+            done = error
+    done = fabric.broadcast(done)
+    if isinstance(done, Exception):
+        raise done
+    return done
+
+
+def add_up(fabric: Fabric, x: Tensor) -> Tensor:
+    """The sum of a tensor over processes."""
+    return x if fabric.world_size == 1 else fabric.all_reduce(x, reduce_op="sum")  # type: ignore[return-value]
+
+
+def gather(fabric: Fabric, x: Tensor) -> Tensor:
+    """A tensor of every process, ``[processes, ...]``."""
+    if fabric.world_size == 1:
+        return x.unsqueeze(0)
+    rows = [torch.empty_like(x) for _ in range(fabric.world_size)]
+    torch.distributed.all_gather(rows, x.contiguous())
+    return torch.stack(rows)
 
 
 def describe(device: torch.device) -> str:

@@ -74,7 +74,8 @@ def _checksum(tensors: Mapping[str, Tensor]) -> int:
     for name in sorted(tensors):
         total = zlib.crc32(name.encode(), total)
         flat = tensors[name].contiguous().reshape(-1)
-        total = zlib.crc32(flat.view(torch.uint8).numpy() if flat.numel() else b"", total)
+        if flat.numel():
+            total = zlib.crc32(flat.view(torch.uint8).numpy().data, total)
     return total
 
 

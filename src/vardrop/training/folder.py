@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,8 @@ def claim(config: Config, out: Path, resume: bool) -> dict[str, Any] | None:
         for name, what in ((SUMMARY, "a finished run"), (CHECKPOINT, "an unfinished run")):
             if (out / name).exists():
                 raise FileExistsError(
-                    f"vardrop.train: out must be a folder without a run, got {out}, which holds {what}; choose another, "
-                    "or go on with --resume"
+                    f"vardrop.train: out must be a folder without a run, got {out}, which holds {what}; "
+                    "choose another, or go on with --resume"
                 )
         return None
     if (out / CONFIG).exists() and ((out / CHECKPOINT).exists() or summary.exists()):
@@ -64,6 +65,14 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"vardrop.training: {path} is not valid JSON ({error}); remove it") from error
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Add a line to the metrics, and see it on its way to the disk."""
+    with writing(path), open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def keep_epochs(path: Path, epochs: int) -> None:

@@ -7,10 +7,11 @@ import json
 import math
 import platform
 import time
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import lightning_fabric
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor
@@ -19,15 +20,25 @@ import vardrop
 from vardrop.data import Data, load, split_validation
 from vardrop.methods import prepare
 from vardrop.objective import ELBO, kl_divergence
-from vardrop.training.averaging import Averages, holding
+from vardrop.training.averaging import Averages
 from vardrop.training.checkpoint import Progress, State, load_checkpoint, save_checkpoint
 from vardrop.training.config import Config
-from vardrop.training.devices import describe, make_fabric, seed_noise
+from vardrop.training.devices import add_up, describe, make_fabric, on_first, seed_noise
 from vardrop.training.display import Bar, Scalars
 from vardrop.training.evaluation import evaluate, rate_histograms, rate_quantiles, telling_examples
-from vardrop.training.files import remove_leftovers, write_atomically, write_tensors, writing
+from vardrop.training.files import remove_leftovers, write_atomically, write_tensors
 from vardrop.training.finite import bad_parameters, blame, check_data
-from vardrop.training.folder import CHECKPOINT, CONFIG, EXAMPLES, METRICS, MODEL, SUMMARY, claim, keep_epochs
+from vardrop.training.folder import (
+    CHECKPOINT,
+    CONFIG,
+    EXAMPLES,
+    METRICS,
+    MODEL,
+    SUMMARY,
+    append_line,
+    claim,
+    keep_epochs,
+)
 from vardrop.training.model_file import load_task, strip
 from vardrop.training.sharding import is_sharded
 from vardrop.training.task import Categorical, Gaussian, Task, measure
@@ -79,27 +90,13 @@ def train(config: Config, out: Path, resume: bool = False, progress: bool = True
         check_data(data)
         network, kl_scale, _ = prepare(config.method, config.model, data.shape, data.outputs, config.sharing)
         fabric = make_fabric(config)
-        finished = _on_first(fabric, lambda: claim(config, out, resume))
+        finished = on_first(fabric, lambda: claim(config, out, resume))
         if finished is None:
             run = _Run(config, out, data, network, kl_scale, fabric)
             run.start(resume)
             run.train(progress)
             finished = run.finish()
         return finished
-
-
-def _on_first(fabric: Fabric, do: Any) -> Any:
-    """Let the first process do something, and every process have its result or its error."""
-    result: Any = None
-    if fabric.is_global_zero:
-        try:
-            result = do()
-        except (OSError, ValueError) as error:
-            result = error
-    result = fabric.broadcast(result)
-    if isinstance(result, Exception):
-        raise result
-    return result
 
 
 class _Run:
@@ -116,10 +113,10 @@ class _Run:
         dtype = torch.float64 if config.precision == "64-true" else data.train_x.dtype
         self.x, self.y = part.train_x.to(fabric.device, dtype), part.train_y.to(fabric.device)
         self.val_x, self.val_y = val_x.to(fabric.device, dtype), val_y.to(fabric.device)
-        if config.batch_size < fabric.world_size:
+        if min(config.batch_size, len(self.x)) < fabric.world_size:
             raise ValueError(
-                f"vardrop.train: batch_size must be at least the number of processes, {fabric.world_size}, got "
-                f"{config.batch_size}"
+                "vardrop.train: batch_size and the number of training examples must be at least the number of "
+                f"processes, {fabric.world_size}, got {config.batch_size} and {len(self.x)}"
             )
 
         likelihood = Gaussian(part.train_y) if data.task == "regression" else Categorical()
@@ -128,15 +125,15 @@ class _Run:
         sharded = any(is_sharded(p) for p in self.task.parameters())
         fused = True if fabric.device.type == "cpu" and not sharded else None
         adam = torch.optim.Adam(self.task.parameters(), lr=config.lr, fused=fused)
-        self.optimizer = fabric.setup_optimizers(adam)
+        self.optimizer: Any = fabric.setup_optimizers(adam)
         averages = Averages(self.task.parameters(), config.average)
         best = [value.clone() for value in averages.values]
         order = torch.Generator().manual_seed(config.seed)
         self.state = State(self.task, adam, averages, best, order, Progress())
 
-        self.starts = range(
-            0, len(self.x) - (len(self.x) % config.batch_size < fabric.world_size > 1), config.batch_size
-        )
+        left = len(self.x) % config.batch_size  # a last batch that has no row for some process is left out
+        self.rows = len(self.x) - (left if left < fabric.world_size else 0)
+        self.starts = range(0, self.rows, config.batch_size)
         self.elbo = ELBO(self.task.network, len(self.x), kl_scale, config.warmup * len(self.starts))
         self.check_always = fabric.device.type == "cpu" and fabric.world_size == 1  # elsewhere it would wait for others
         seed_noise(config.seed, fabric.global_rank)
@@ -147,16 +144,18 @@ class _Run:
         there = self.fabric.broadcast(resume and path.exists())
         if there:
             self._restore()
-        if self.fabric.is_global_zero:
-            remove_leftovers(self.out)
-            write_atomically(self.out / CONFIG, self.config.to_json().encode())
-            keep_epochs(self.out / METRICS, self.state.progress.epoch)
+        on_first(self.fabric, self._prepare_files)
         if not there:
             self._save()
 
+    def _prepare_files(self) -> None:
+        remove_leftovers(self.out)
+        write_atomically(self.out / CONFIG, self.config.to_json().encode())
+        keep_epochs(self.out / METRICS, self.state.progress.epoch)
+
     def _save(self) -> None:
         self.state.progress.average_step = self.state.averages.step
-        _together(self.fabric, lambda: save_checkpoint(self.out / CHECKPOINT, self.state, self.config, self.fabric))
+        save_checkpoint(self.out / CHECKPOINT, self.state, self.config, self.fabric)
 
     def _restore(self) -> None:
         load_checkpoint(self.out / CHECKPOINT, self.state, self.config, self.fabric)
@@ -177,12 +176,9 @@ class _Run:
         ):
             while not self._over():
                 line = self._one_more()
-                if first:
-                    with writing(self.out / METRICS), open(self.out / METRICS, "a", encoding="utf-8") as file:
-                        file.write(json.dumps(line) + "\n")
-                        file.flush()
-                    bar.show(line, self.state.progress.best_epoch)
-                    scalars.write(line)
+                on_first(self.fabric, partial(append_line, self.out / METRICS, line))
+                bar.show(line, self.state.progress.best_epoch)
+                scalars.write(line)
                 self._save()
 
     def _one_more(self) -> dict[str, Any]:
@@ -195,7 +191,7 @@ class _Run:
             self._restore()
             train_nll = self._epoch(check=True)
             if not self._all(math.isfinite(train_nll) and not bad_parameters(self.task)):
-                self._stop("in its last step", self.x[:1], self.y[:1])
+                self._stop("in the last step", self.x[:1], self.y[:1])
         progress = self.state.progress
         progress.epoch += 1
         line: dict[str, Any] = {"epoch": progress.epoch, "seconds": 0.0, "train_nll": train_nll}
@@ -212,18 +208,19 @@ class _Run:
         self.model.train()
         order = torch.randperm(len(self.x), generator=self.state.order).to(self.fabric.device)
         total = torch.zeros((), dtype=torch.float64, device=self.fabric.device)
+        generators: Any = torch.cuda if self.fabric.device.type == "cuda" else torch
         with estimator(self.config.estimator):
             for start in self.starts:
                 rows = order[start : start + batch]
                 share = world / len(rows)  # gradients are averaged over processes, which may have a row more or less
                 rows = rows[rank::world]
                 x, y = self.x[rows], self.y[rows]
-                before = torch.get_rng_state() if check else None
+                before = generators.get_rng_state() if check else None
                 nll = self.model(x, y)[1].sum() * share
                 loss = self.elbo(nll)
                 if check and not self._all(bool(loss.isfinite())):
                     if before is not None:
-                        torch.set_rng_state(before)
+                        generators.set_rng_state(before)
                     self._stop(f"in step {start // batch + 1}", x, y)
                 self.optimizer.zero_grad()
                 self.fabric.backward(loss)
@@ -231,8 +228,7 @@ class _Run:
                 self.state.averages.update()
                 self.state.progress.step += 1
                 total += nll.detach() / share
-        total = self.fabric.all_reduce(total, reduce_op="sum")
-        return total.item() / min(len(self.x), self.starts.stop)
+        return add_up(self.fabric, total).item() / self.rows
 
     def _validate(self) -> dict[str, float | None]:
         """Scores of the averaged weights, which are kept if they are the best."""
@@ -256,12 +252,8 @@ class _Run:
 
     def _all(self, good: bool) -> bool:
         """Whether something holds in every process."""
-        if self.fabric.world_size == 1:
-            return good
-        return bool(
-            self.fabric.all_reduce(torch.tensor(float(good), device=self.fabric.device), reduce_op="sum").item()
-            == self.fabric.world_size
-        )
+        flag = torch.tensor(float(good), device=self.fabric.device)
+        return good if self.fabric.world_size == 1 else add_up(self.fabric, flag).item() == self.fabric.world_size
 
     def _stop(self, where: str, x: Tensor, y: Tensor) -> None:
         epoch = self.state.progress.epoch
@@ -275,7 +267,7 @@ class _Run:
     def finish(self) -> dict[str, Any]:
         """Save the best model, and test what was saved."""
         best = strip(self.state.best_model())
-        summary = _on_first(self.fabric, lambda: self._test(best))
+        summary = on_first(self.fabric, lambda: self._test(best))
         self.fabric.barrier()
         return summary
 
@@ -283,7 +275,7 @@ class _Run:
         config, data, progress, device = self.config, self.data, self.state.progress, self.fabric.device
         write_tensors(self.out / MODEL, best, {"config": dataclasses.asdict(config)})
         task = load_task(self.out, data).to(device)
-        test_x, test_y = data.test_x.to(device), data.test_y.to(device)
+        test_x, test_y = data.test_x.to(device, self.x.dtype), data.test_y.to(device)
         scores = evaluate(task, task, test_x, test_y)
         write_tensors(self.out / EXAMPLES, telling_examples(task, test_x, test_y, data.images, seed=config.seed), {})
         random = any(True for _ in noisy_weights(task.network))
@@ -302,22 +294,10 @@ class _Run:
             "versions": {
                 "vardrop": vardrop.__version__,
                 "torch": torch.__version__,
-                "lightning-fabric": lightning_fabric.__version__,
+                "lightning-fabric": version("lightning-fabric"),
                 "python": platform.python_version(),
             },
             "device": describe(device),
         }
         write_atomically(self.out / SUMMARY, json.dumps(summary, indent=1).encode())
         return summary
-
-
-def _together(fabric: Fabric, do: Any) -> None:
-    """Do something in every process; if one fails, so do all, and none waits for it forever."""
-    error: Exception | None = None
-    try:
-        do()
-    except (OSError, ValueError) as caught:
-        error = caught
-    errors = fabric.broadcast(error)
-    if errors is not None:
-        raise errors

@@ -41,8 +41,8 @@ def load_task(run: Path, data: Data | None = None) -> Task:
         network, _, _ = prepare(config.method, config.model, data.shape, data.outputs, config.sharing)
     likelihood = Gaussian(data.train_y) if data.task == "regression" else Categorical()
     task = Task(network, likelihood)
-    if config.precision in ("64-true", "bf16-true"):
-        task.to(torch.float64 if config.precision == "64-true" else torch.bfloat16)
+    if config.precision == "64-true":
+        task.double()
     prefixed = {name if name.startswith("likelihood.") else NETWORK + name: tensor for name, tensor in tensors.items()}
     try:
         task.load_state_dict(prefixed)

@@ -10,17 +10,17 @@ from torch import Tensor
 
 def is_sharded(x: Tensor) -> bool:
     """Whether this is a DTensor; the class is not imported, which costs a second."""
-    return type(getattr(x, "data", x)).__name__ == "DTensor"
+    return type(x).__name__ == "DTensor"
 
 
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:
     """The part of every tensor that this process holds, sharing its memory."""
-    return [x.detach().to_local() if is_sharded(x) else x.detach() for x in tensors]  # type: ignore[operator]
+    return [x.detach().to_local() if is_sharded(x) else x.detach() for x in tensors]  # type: ignore[attr-defined]
 
 
 def whole(x: Tensor) -> Tensor:
     """All of a tensor; where it is sharded every process has to ask for it at the same time."""
-    return x.detach().full_tensor() if is_sharded(x) else x.detach()  # type: ignore[operator]
+    return x.detach().full_tensor() if is_sharded(x) else x.detach()  # type: ignore[attr-defined]
 
 
 @torch.no_grad()

@@ -11,12 +11,17 @@ from torch.nn import functional as F
 NETWORK = "network."  # the prefix of the network's parameters; a model file has them without
 
 
+def wide(x: Tensor) -> Tensor:
+    """Outputs of mixed precision in single precision, for their likelihood."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class Categorical(nn.Module):
     """Classes, by softmax."""
 
     def forward(self, outputs: Tensor, y: Tensor) -> Tensor:
         """-log p(y | outputs) for every example; outputs ``[N, classes]``, y ``[N]``."""
-        return F.cross_entropy(outputs.float(), y, reduction="none")
+        return F.cross_entropy(wide(outputs), y, reduction="none")
 
     def predict(self, outputs: Tensor) -> Tensor:
         """The most probable class, ``[N]``."""
@@ -51,13 +56,13 @@ class Gaussian(nn.Module):
 
     def forward(self, outputs: Tensor, y: Tensor) -> Tensor:
         """-log p(y | outputs) for every example; outputs ``[N, 1]``, y ``[N]``."""
-        error = (y - self.mean) / self.std - outputs.squeeze(-1).float()
+        error = (y - self.mean) / self.std - wide(outputs.squeeze(-1))
         halved = self.log_precision.exp() * error * error - self.log_precision + math.log(2 * math.pi)
         return 0.5 * halved + self.std.log()
 
     def predict(self, outputs: Tensor) -> Tensor:
         """The expected y, ``[N]``."""
-        return outputs.squeeze(-1).float() * self.std + self.mean
+        return wide(outputs.squeeze(-1)) * self.std + self.mean
 
     def mistake(self, outputs: Tensor, y: Tensor) -> Tensor:
         """The root of the mean squared error."""
