@@ -154,8 +154,12 @@ def test_prose_and_common_words_do_not_count() -> None:
     assert len(untested({"sample": twice}, ['match = "; eat some"'])) == 3
 
 
-@pytest.mark.parametrize("file", sorted(SOURCE.rglob("*.py")), ids=lambda file: str(file.relative_to(SOURCE)))
-def test_messages_begin_with_whose_they_are(file: Path) -> None:
-    for node in raised(ast.parse(file.read_text(encoding="utf-8"))):
-        text = "".join(literals(node))
-        assert not runs(text) or text.startswith("vardrop"), f"line {node.lineno}: {text}"
+CORE = ["convert.py", "kl.py", "objective.py", "projection.py", "weights/*.py"]  # beyond it an edge may add the name
+
+
+@pytest.mark.parametrize("glob", CORE)
+def test_messages_begin_with_whose_they_are(glob: str) -> None:
+    for file in SOURCE.glob(glob):
+        for node in raised(ast.parse(file.read_text(encoding="utf-8"))):
+            text = "".join(literals(node))
+            assert not runs(text) or text.startswith("vardrop"), f"{file.name}, line {node.lineno}: {text}"
