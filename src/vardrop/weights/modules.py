@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -48,6 +49,10 @@ class RandomWeights:
     """
 
     vardrop_noise: dict[str, Noise]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Code that builds another module like a converted one gets a plain one; without arguments, an empty shell."""
+        return cls.vardrop_plain(*args, **kwargs) if args or kwargs else super().__new__(cls)  # type: ignore[attr-defined]
 
     def random_weight(self, name: str) -> RandomWeight | Tensor:
         """The weight called ``name`` as its forward sees it: random in training, the mean parameter in evaluation."""
@@ -96,6 +101,13 @@ def _flat_weights() -> property:
         self.__dict__["_flat_weights"] = weights
 
     return property(read, write)
+
+
+def _init_flat_weights(self: Any) -> None:
+    """As torch's own, which reads ``_flat_weights`` and so would draw samples to no purpose, in every forward."""
+    self._flat_weight_refs = [weakref.ref(self._parameters[name]) for name in self._flat_weights_names]
+    if not self.training:
+        self.flatten_parameters()
 
 
 # What converts, and how the axes of its weights lie. The second table is for classes of libraries that are not
@@ -188,7 +200,7 @@ def noisy_class(plain: type[nn.Module]) -> type[nn.Module]:
     if plain not in _NOISY:
         body: dict[str, Any] = {"vardrop_plain": plain, "__doc__": f"{plain.__name__} with random weights."}
         if issubclass(plain, nn.RNNBase):
-            body["_flat_weights"] = _flat_weights()
+            body |= {"_flat_weights": _flat_weights(), "_init_flat_weights": _init_flat_weights}
         else:
             body |= {name: _random_attribute(name) for name in axes_of(plain) or {}}
         _NOISY[plain] = type(f"Variational{plain.__name__}", (RandomWeights, plain), body)
