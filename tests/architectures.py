@@ -108,8 +108,12 @@ def llama() -> tuple[nn.Module, tuple[Any, ...]]:
     return LlamaForCausalLM(config), (_tokens(),)
 
 
+def transformer() -> tuple[nn.Module, tuple[Any, ...]]:
+    return nn.Transformer(8, 2, 2, 2, 16, dropout=0.0, batch_first=True), (torch.randn(2, 3, 8), torch.randn(2, 4, 8))
+
+
 Build = Callable[[], tuple[nn.Module, tuple[Any, ...]]]
-ALL: dict[str, Build] = {build.__name__: build for build in (bert, gpt2, vit, t5, llama)}
+ALL: dict[str, Build] = {build.__name__: build for build in (transformer, bert, gpt2, vit, t5, llama)}
 ALL |= {name: lambda name=name: image_network(name) for name in IMAGE_NETWORKS}  # type: ignore[misc]
 
 

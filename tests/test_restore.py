@@ -86,6 +86,15 @@ def test_restore_keeps_what_was_learned(plain: Mixed) -> None:
     assert all(torch.equal(p, means[name]) for name, p in plain.named_parameters())
 
 
+def test_dropout_comes_back_where_it_is_inside() -> None:
+    model = nn.Sequential(nn.Dropout(0.2), nn.Linear(2, 2))
+    vd.convert_(model, CONFIGS["A"])
+    assert vd.restore_(model[1]) == ["Linear"]
+    assert model[0].p == 0.0
+    assert vd.restore_(model) == []
+    assert model[0].p == 0.2
+
+
 def test_restore_of_a_plain_model_does_nothing() -> None:
     model = nn.Sequential(nn.Dropout(0.2), nn.Linear(2, 2))
     assert vd.restore_(model) == []

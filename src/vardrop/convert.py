@@ -152,7 +152,8 @@ def restore_(model: nn.Module) -> list[str]:
     """Undo :func:`convert_` in place: the exact plain classes and parameters, which keep the posterior means.
 
     Args:
-        model: a converted module, or one that contains some.
+        model: a converted module, or one that contains some. Dropout that was switched off is on again where it is
+            inside of it.
 
     Returns:
         The names of the modules that were restored; empty if none was random.
