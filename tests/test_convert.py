@@ -142,6 +142,7 @@ LEFT_ALONE = {
     "lazy": (lambda: nn.LazyLinear(2), "is lazy and has no shape yet"),
     "int8": (_int8, r"has a weight of type torch\.int8"),
     "complex": (lambda: nn.Linear(3, 2, dtype=torch.complex64), r"has a weight of type torch\.complex64"),
+    "empty": (lambda: nn.Embedding(0, 2), r"has a weight of shape \(0, 2\), which is empty"),
     "max_norm": (lambda: nn.Embedding(3, 2, max_norm=1.0), "has max_norm"),
     "sparse": (lambda: nn.Embedding(3, 2, sparse=True), "has sparse gradients"),
     "unknown": (lambda: nn.EmbeddingBag(3, 2), "its class EmbeddingBag is not known"),

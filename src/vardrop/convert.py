@@ -231,6 +231,8 @@ def _why_not(module: nn.Module, selected: bool) -> str | None:
     for name, p in weights.items():
         if not p.is_floating_point():
             return f"has a {name} of type {p.dtype}; only floating-point weights can be random"
+        if p.numel() == 0:
+            return f"has a {name} of shape {tuple(p.shape)}, which is empty"
         if max(axes[name]) >= p.ndim:
             return f"has a {name} of shape {tuple(p.shape)}, without the axes {axes[name]} that it is registered with"
     if any(type(p).__name__ == "DTensor" for p in weights.values()):
