@@ -211,7 +211,7 @@ def test_foreign_checkpoints_are_refused(unfinished):
     with pytest.raises(ValueError, match="of a run with other options \\(method 'vd-b' there and 'vd-a' here\\)"):
         train(SMALL, unfinished, resume=True, progress=False)
     write_tensors(path, tensors | {"model.network.2.weight": torch.zeros(3)}, about)
-    with pytest.raises(ValueError, match="does not fit the model, first in 'model.network.2.weight'"):
+    with pytest.raises(ValueError, match=r"does not fit the model, first in 'model\.network\.2\.weight'"):
         train(SMALL, unfinished, resume=True, progress=False)
     write_tensors(path, tensors, about)
     assert train(SMALL, unfinished, resume=True, progress=False)["epochs_run"] == 4
@@ -243,7 +243,7 @@ def test_write_atomically_leaves_the_old_file_where_it_fails(monkeypatch, tmp_pa
     path = tmp_path / "file"
     write_atomically(path, b"old")
     monkeypatch.setattr(files_module.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
-    with pytest.raises(OSError, match="cannot write .*file \\(broken\\)"):
+    with pytest.raises(OSError, match=r"cannot write .*file \(broken\)"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
@@ -264,7 +264,7 @@ def test_tensors_come_back_with_what_is_told_about_them(tmp_path):
 
 
 def test_missing_and_foreign_models_are_refused(tmp_path, unfinished):
-    with pytest.raises(FileNotFoundError, match="there is no file .*model.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*model.safetensors"):
         load_model(tmp_path)
     tensors, about = read_tensors(unfinished / "model.safetensors")
     write_tensors(unfinished / "model.safetensors", tensors, {})

@@ -18,7 +18,7 @@ EXTRAS = "pip install 'vardrop[train]'"
 try:
     import typer
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 except ModuleNotFoundError as _error:
     sys.stderr.write(f"vardrop: error: the command line needs {_error.name}; install it by {EXTRAS}\n")
     raise SystemExit(2) from _error
@@ -174,7 +174,7 @@ def data(
         _print(f"{name}: {fetch(name, data_dir)}")
     if download:
         return
-    table = Table("name", "what it is", "where", box=None)
+    table = Table("name", "what it is", Column("where", overflow="fold"), box=None)
     for found in listing(data_dir):
         table.add_row(found.name, found.what, str(found.where) if found.where else f"[dim]not here: {found.how}[/dim]")
     _print(table)

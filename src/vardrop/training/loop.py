@@ -124,7 +124,12 @@ class _Run:
         self.model = fabric.setup_module(self.task)
         sharded = any(is_sharded(p) for p in self.task.parameters())
         fused = True if fabric.device.type == "cpu" and not sharded else None
-        adam = torch.optim.Adam(self.task.parameters(), lr=config.lr, fused=fused)
+        groups = [
+            {"params": list(self.task.network.parameters()), "lr": config.lr},
+            # a log precision has units to go where a weight has hundredths, and Adam goes about lr a step
+            {"params": list(likelihood.parameters()), "lr": 10 * config.lr},
+        ]
+        adam = torch.optim.Adam([group for group in groups if group["params"]], fused=fused)
         self.optimizer: Any = fabric.setup_optimizers(adam)
         averages = Averages(self.task.parameters(), config.average)
         best = [value.clone() for value in averages.values]
