@@ -23,7 +23,7 @@ def keep_inward(grad: Tensor, x: Tensor, bound: float) -> Tensor:
     if bound == math.inf:
         return grad
     at_bound = torch.ops.aten.threshold_backward(grad, x, bound - 1e-6)
-    return at_bound.clamp_(max=0).neg_().add_(grad)
+    return grad - at_bound.clamp(max=0)  # vmap has no rule for clamp_
 
 
 class _Bounded(torch.autograd.Function):

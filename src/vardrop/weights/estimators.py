@@ -191,7 +191,7 @@ def _per_example(op: LinearOp, loc: Tensor, variance: Tensor, setting: _Setting)
             seed = torch.randint(2**62, (), generator=setting.generator, device=setting.generator.device).item()
         pieces.append(checkpoint(replayed, inputs, loc, variance, seed, use_reentrant=False))
     y = pieces[0] if len(pieces) == 1 else torch.cat(pieces, op.examples[-1])
-    return y if op.bias is None else y + op.bias
+    return op.plus_bias(y)
 
 
 def correlated(op: LinearOp, weight: CorrelatedWeight) -> Tensor:
@@ -206,7 +206,7 @@ def correlated(op: LinearOp, weight: CorrelatedWeight) -> Tensor:
     if weight.axis in op.x_axes:
         if op.indexed:
             y = op.run(op.inputs, weight.loc, False) * _factor_of_indices(op, weight, setting)
-            return y if op.bias is None else y + op.bias
+            return op.plus_bias(y)
         x, *others = op.inputs
         example = None if op.examples is None else op.examples[0]
         factor = _factor(x, example, op.x_axes[weight.axis], weight.std, setting)
@@ -215,7 +215,7 @@ def correlated(op: LinearOp, weight: CorrelatedWeight) -> Tensor:
         y = op.run(op.inputs, weight.loc, False)
         example = None if op.examples is None else op.examples[-1]
         y = y * _factor(y, example, op.y_axes[weight.axis], weight.std, setting)
-        return y if op.bias is None else y + op.bias
+        return op.plus_bias(y)
     return op.mean(weight.sample(setting.generator))
 
 

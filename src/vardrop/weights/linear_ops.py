@@ -50,6 +50,10 @@ class LinearOp:
     def mean(self, w: Tensor) -> Tensor:
         return self.run(self.inputs, w, True)
 
+    def plus_bias(self, y: Tensor) -> Tensor:
+        """y and the bias, of y's type: under autocast the bias may be of a wider one."""
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
     def variance(self, v: Tensor) -> Tensor:
         """The operation on squared inputs and the weights' variances, without the bias: Var y (eq. 6)."""
         inputs = self.inputs if self.indexed else tuple(square(x) for x in self.inputs)
@@ -118,7 +122,10 @@ def _bilinear(input1: Tensor, input2: Tensor, weight: Any, bias: Tensor | None =
     def run(inputs: tuple[Tensor, ...], w: Tensor, biased: bool) -> Tensor:
         return F.bilinear(*inputs, w, bias if biased else None)
 
-    return LinearOp(weight, (input1, input2), run, bias, {1: -1}, {0: -1}, _examples(input1, 1, inputs=2))
+    def each(inputs: tuple[Tensor, ...], w: Tensor) -> Tensor:  # vmap has no rule for F.bilinear
+        return torch.einsum("n...i,noij,n...j->n...o", inputs[0], w, inputs[1]).to(inputs[0].dtype)
+
+    return LinearOp(weight, (input1, input2), run, bias, {1: -1}, {0: -1}, _examples(input1, 1, inputs=2), each=each)
 
 
 def _right(x: Tensor, w: Any) -> tuple[dict[int, int], dict[int, int], tuple[int | None, ...] | None]:
@@ -158,7 +165,7 @@ def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 
 
     def run(inputs: tuple[Tensor, ...], w: Tensor, biased: bool) -> Tensor:
         y = product(inputs, w, False)
-        return y + bias if biased else y
+        return y + bias.to(y.dtype) if biased else y
 
     inputs = op.inputs if alpha == 1 else (op.inputs[0] * alpha,)
     return LinearOp(op.weight, inputs, run, bias, op.x_axes, op.y_axes, op.examples)

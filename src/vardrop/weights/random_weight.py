@@ -79,19 +79,17 @@ class RandomWeight:
                 return op.weight._carry_out(op)
         if func in _BODIES:
             return _BODIES[func](*args, **kwargs)
-        name = getattr(func, "__name__", "")
-        in_place = name.endswith("_") and not name.endswith("__")
-        changed = next(iter((*args, *kwargs.values())), None) if in_place else kwargs.get("out")
-        if isinstance(changed, RandomWeight):
-            raise TypeError(
-                f"vardrop: {name} would change a random weight in place, but there is only a sample to change; "
-                "call it on the parameter, dict(layer.named_parameters())['weight'], or after layer.eval()"
-            )
-        if args and isinstance(args[0], RandomWeight):
-            if name == "__getitem__" and isinstance(args[1], Tensor) and not args[1].is_floating_point():
-                if args[1].dtype != torch.bool:
-                    return F.embedding(args[1], args[0])  # type: ignore[arg-type]
-            elif name in _VIEWS:
+        if isinstance(kwargs.get("out"), RandomWeight):
+            _refuse("an operation with out=")
+        first = args[0] if args else kwargs.get("tensor")  # as torch.nn.init calls it
+        if isinstance(first, RandomWeight):
+            name = getattr(func, "__name__", "")
+            if name.endswith("_") and not name.endswith("__"):
+                _refuse(name)
+            if name == "__getitem__" and _are_rows(args[1]) and first.ndim == 2:
+                rows = args[1].where(args[1] >= 0, args[1] + len(first))
+                return F.embedding(rows, first)  # type: ignore[arg-type]
+            if name in _VIEWS:
                 view = args[0]._view(name, lambda t: func(t, *args[1:], **kwargs), args[1:], kwargs)
                 if view is not None:
                     return view
@@ -116,6 +114,13 @@ class RandomWeight:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(shape={tuple(self.loc.shape)}, dtype={self.loc.dtype}, device={self.loc.device})"
+
+
+def _refuse(name: str) -> None:
+    raise TypeError(
+        f"vardrop: {name} would change a random weight in place, but there is only a sample to change; "
+        "call it on the parameter, dict(layer.named_parameters())['weight'], or after layer.eval()"
+    )
 
 
 def _plain(values: tuple[Any, ...]) -> bool:
@@ -239,6 +244,10 @@ class CorrelatedWeight(RandomWeight):
             std = self.std[cut[self.axis]] if len(cut) > self.axis else self.std
             return CorrelatedWeight(view(self.loc), std, self.axis)
         return None
+
+
+def _are_rows(index: Any) -> bool:
+    return isinstance(index, Tensor) and index.dtype in (torch.int64, torch.int32)
 
 
 def _only_slices(index: Any) -> bool:
