@@ -199,6 +199,8 @@ class GaussianDropout(_Multiplicative):
         type: ``"A"``, before the linear operation, or ``"B"``, after it.
         rate: p; with neither rate nor alpha, the p of a dropout that is replaced, else 0.2.
         alpha: or α.
+        sharing: without effect on one fixed rate but on the shape in which :func:`vardrop.dropout_rates` gives it.
+        unit: see :class:`VariationalDropout`.
         prior: see :class:`VariationalDropout`; with α fixed the divergence is a constant but for ``"gaussian"``.
         prior_std: see :class:`VariationalDropout`.
 
