@@ -28,6 +28,15 @@ TRAIN = [
 ]  # fmt: skip
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Networks this small lose by more, on a busy machine a hundredfold."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Killed(BaseException):
     """What a process does not live to handle."""
 

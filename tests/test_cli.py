@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import vardrop
 from vardrop import cli
@@ -18,6 +19,15 @@ from vardrop.training.config import ACCELERATORS, PRECISIONS, STRATEGIES
 from vardrop.weights.estimators import NAMES as ESTIMATORS
 
 FAST = ["--model", "mlp:1x8", "--epochs", "2", "--average", "0.9", "--no-progress"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Networks this small lose by more, on a busy machine a hundredfold."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -253,6 +263,7 @@ def test_as_a_program_it_starts_without_the_heavy_libraries_and_warns_of_nothing
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
     command = [sys.executable, "-m", "vardrop.cli", "train", "--out", str(tmp_path / "run"), *FAST, "--tensorboard"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
+    environment["OMP_NUM_THREADS"] = "1"
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
     assert list((tmp_path / "run" / "tensorboard").iterdir())

@@ -21,6 +21,15 @@ from vardrop.training.task import Categorical, Gaussian, Task
 SMALL = Config(model="mlp:1x16", epochs=2, average=0.9)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Networks this small lose by more, on a busy machine a hundredfold."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def changed(config: Config, **values) -> Config:
     return Config(**vars(config) | values)
 
