@@ -26,7 +26,9 @@ SAMPLES = 3000
 # ---------------------------------------------------------------------------------------------------- statistics
 
 
-def assert_close_to(mean: Tensor, square: Tensor, truth: Tensor, count: int, what: str, false_alarm: float = 1e-6) -> None:
+def assert_close_to(
+    mean: Tensor, square: Tensor, truth: Tensor, count: int, what: str, false_alarm: float = 1e-6
+) -> None:
     """All sample means are the truth within their standard errors (Bonferroni), from first and second sample moments.
 
     An entry that does not vary has to be the truth, up to rounding.
@@ -135,7 +137,9 @@ LINEAR = [
     Layer("conv-transpose3d", lambda: nn.ConvTranspose3d(2, 2, 2, stride=2), _x(2, 1, 1, 2), 0, 1),
     Layer("embedding", _embedding, _indices(3), 0, 1),
     Layer("embedding-flat", _embedding, _indices(), 0, 1),
-    Layer("embedding-padding", lambda: _embedding(padding_idx=1), lambda n: (torch.arange(3 * n).view(n, 3) % 3,), 0, 1),
+    Layer(
+        "embedding-padding", lambda: _embedding(padding_idx=1), lambda n: (torch.arange(3 * n).view(n, 3) % 3,), 0, 1
+    ),
     Layer("bilinear", lambda: nn.Bilinear(3, 2, 2), lambda n: (*_x(3)(n), *_x(2)(n))),
     Layer("bilinear-tokens", lambda: nn.Bilinear(2, 3, 2), lambda n: (*_x(2, 2)(n), *_x(2, 3)(n))),
     Layer("conv1d-of-transformers", _conv1d_of_transformers, _x(2, 4), 0, 1, rows=2),
@@ -143,7 +147,9 @@ LINEAR = [
 
 # Layers that are not: several weights, or nonlinear in them.
 OTHERS = [
-    Layer("attention", lambda: nn.MultiheadAttention(4, 2, batch_first=True), _x(3, 4), call=lambda m, x: m(x, x, x)[0]),
+    Layer(
+        "attention", lambda: nn.MultiheadAttention(4, 2, batch_first=True), _x(3, 4), call=lambda m, x: m(x, x, x)[0]
+    ),
     Layer(
         "attention-separate",
         lambda: nn.MultiheadAttention(4, 2, batch_first=True, kdim=3, vdim=2),
@@ -153,7 +159,9 @@ OTHERS = [
     Layer("rnn", lambda: nn.RNN(3, 4, batch_first=True), _x(2, 3), call=lambda m, x: m(x)[0]),
     Layer("lstm", lambda: nn.LSTM(3, 4, 2, batch_first=True, bidirectional=True), _x(2, 3), call=lambda m, x: m(x)[0]),
     Layer("gru", lambda: nn.GRU(3, 4, batch_first=True), _x(2, 3), call=lambda m, x: m(x)[0]),
-    Layer("lstm-cell", lambda: nn.LSTMCell(3, 4), lambda n: (*_x(3)(n), *_x(4)(n)), call=lambda m, x, h: m(x, (h, h))[0]),
+    Layer(
+        "lstm-cell", lambda: nn.LSTMCell(3, 4), lambda n: (*_x(3)(n), *_x(4)(n)), call=lambda m, x, h: m(x, (h, h))[0]
+    ),
     Layer("gru-cell", lambda: nn.GRUCell(3, 4), lambda n: (*_x(3)(n), *_x(4)(n))),
     Layer("rnn-cell", lambda: nn.RNNCell(3, 4), lambda n: (*_x(3)(n), *_x(4)(n))),
 ]

@@ -8,6 +8,11 @@ import pickle
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.func import vmap
+from torch.utils.checkpoint import checkpoint
+
+import vardrop as vd
 from contract import (
     ESTIMATORS,
     LAYERS,
@@ -25,11 +30,6 @@ from contract import (
     truth_of,
     unit_of,
 )
-from torch import Tensor, nn
-from torch.func import vmap
-from torch.utils.checkpoint import checkpoint
-
-import vardrop as vd
 
 # vmap, which the truths and the samples are made with, loops over F.bilinear and says so; estimators do not need it.
 pytestmark = pytest.mark.filterwarnings("ignore:.*batching rule for aten..(_tri|bi)linear:UserWarning")
@@ -187,7 +187,9 @@ def test_same_generator_state_same_output(layer: Layer, posterior: str, estimato
     generator = torch.Generator()
 
     def run(seed: int) -> Tensor:
-        with vd.estimator(estimator, generator=generator.manual_seed(seed), chunk=2 if estimator == "per_example" else None):
+        with vd.estimator(
+            estimator, generator=generator.manual_seed(seed), chunk=2 if estimator == "per_example" else None
+        ):
             return layer.run(module, inputs)
 
     before = torch.get_rng_state()

@@ -1,4 +1,4 @@
-"""What posteriors and estimators refuse, and with which words."""
+"""Posteriors: where rates start, how they are shared, where they are bounded; what is refused, and with which words."""
 
 from __future__ import annotations
 
@@ -11,7 +11,194 @@ from torch import nn
 from torch.nn import functional as F
 
 import vardrop as vd
+from vardrop.projection import bounded
+from vardrop.weights.geometry import Geometry, spread
 from vardrop.weights.posteriors import Posterior
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+# ------------------------------------------------------------------------------------------------------ the projection
+
+
+def test_projection_lets_inward_gradients_pass_and_stops_outward_ones() -> None:
+    x = torch.tensor([-1.0, 1.0, 1.0, 3.0, 3.0], requires_grad=True)
+    bounded(x, 1.0).backward(torch.tensor([-1.0, -1.0, 1.0, -1.0, 1.0]))
+    assert torch.equal(bounded(x, 1.0), torch.tensor([-1.0, 1.0, 1.0, 1.0, 1.0]))
+    assert x.grad.tolist() == [-1.0, 0.0, 1.0, 0.0, 1.0]
+    assert bounded(x, math.inf) is x
+
+
+@pytest.mark.parametrize(
+    "config", [{"type": "A"}, {"type": "B", "sharing": "weight"}, {"type": "B", "sharing": "layer"}]
+)
+def test_a_rate_at_the_bound_can_come_back(config: dict[str, str]) -> None:
+    """The divergence pushes every rate to the bound and no further; then data that hates noise bring it back."""
+    layer = nn.Linear(3, 2)
+    nn.init.constant_(layer.weight, 0.5)
+    vd.convert_(layer, vd.VariationalDropout(alpha=1.0, **config))
+    optimizer = torch.optim.SGD([layer.weight_log_alpha], lr=0.1)
+    for _ in range(30):
+        optimizer.zero_grad()
+        vd.kl_divergence(layer).backward()
+        optimizer.step()
+    assert (layer.weight_log_alpha == 0).all()  # alpha = 1: dKL/d log alpha is outward, and stopped
+    x = torch.ones(64, 3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        (layer(x) - x @ layer.weight.loc.T - layer.bias).square().sum().backward()
+        optimizer.step()
+    assert (layer.weight_log_alpha < -0.05).all()
+
+
+def test_alpha_never_exceeds_its_bound() -> None:
+    for config in ({"type": "A"}, {"type": "B", "sharing": "weight"}):
+        layer = nn.Linear(3, 2)
+        vd.convert_(layer, vd.VariationalDropout(alpha=0.4, max_alpha=0.5, **config))
+        nn.init.constant_(layer.weight_log_alpha, 3.0)
+        assert vd.dropout_rates(layer, as_="alpha")["weight"].max().item() == pytest.approx(0.5)
+        weight = layer.weight
+        if config["type"] == "A":
+            torch.testing.assert_close(weight.std.square(), torch.full((3,), 0.5))
+        else:
+            torch.testing.assert_close(weight.variance, 0.5 * weight.loc.square())
+        layer.weight_log_alpha.data.fill_(math.log(0.5))
+        at_bound = vd.kl_divergence(layer).item()
+        layer.weight_log_alpha.data.fill_(3.0)
+        assert vd.kl_divergence(layer).item() == pytest.approx(at_bound)
+
+
+# ------------------------------------------------------------------------------------------------ sharing and geometry
+
+LAYERS = {
+    # plain module, input units, output units
+    "linear": (lambda: nn.Linear(4, 6), 4, 6),
+    "conv2d": (lambda: nn.Conv2d(4, 6, 2), 4, 6),
+    "conv2d grouped": (lambda: nn.Conv2d(4, 6, 2, groups=2), 4, 6),
+    "depthwise": (lambda: nn.Conv1d(4, 8, 2, groups=4), 4, 8),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 6, 2), 4, 6),
+    "transposed grouped": (lambda: nn.ConvTranspose2d(4, 6, 2, groups=2), 4, 6),
+    "embedding": (lambda: nn.Embedding(7, 3), 7, 3),
+    "bilinear": (lambda: nn.Bilinear(4, 5, 6), 4, 6),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_rate_for_every_unit(name: str) -> None:
+    make, inputs, outputs = LAYERS[name]
+    for sharing, unit, count in (("layer", "input", 1), ("neuron", "input", inputs), ("neuron", "output", outputs)):
+        layer = make()
+        vd.convert_(layer, vd.VariationalDropout(type="B", sharing=sharing, unit=unit))
+        assert layer.weight_log_alpha.shape == (count,)
+        assert layer.weight.variance.shape == layer.weight.shape
+    layer = make()
+    vd.convert_(layer, vd.VariationalDropout(type="A"))
+    assert layer.weight.std.shape == (inputs,)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_scaling_the_units_of_the_weight_is_scaling_the_channels(groups: int) -> None:
+    """What an input or output unit of a grouped convolution is, told by the convolution itself."""
+    x, scale_in, scale_out = torch.randn(2, 4, 5, 5), torch.rand(4), torch.rand(8)
+    conv = nn.Conv2d(4, 8, 3, groups=groups, bias=False)
+    geometry = Geometry(tuple(conv.weight.shape), 1, 0, groups)
+    plain = conv(x)
+    for which, scale in (("input", scale_in), ("output", scale_out)):
+        scaled = nn.functional.conv2d(x, conv.weight * geometry.spread(scale, which), groups=groups)
+        expected = conv(x * scale.view(-1, 1, 1)) if which == "input" else plain * scale.view(-1, 1, 1)
+        torch.testing.assert_close(scaled, expected)
+    back = nn.ConvTranspose2d(4, 8, 3, groups=groups, bias=False)
+    geometry = Geometry(tuple(back.weight.shape), 0, 1, groups)
+    for which, scale in (("input", scale_in), ("output", scale_out)):
+        scaled = nn.functional.conv_transpose2d(x, back.weight * geometry.spread(scale, which), groups=groups)
+        expected = back(x * scale.view(-1, 1, 1)) if which == "input" else back(x) * scale.view(-1, 1, 1)
+        torch.testing.assert_close(scaled, expected)
+
+
+def test_spread() -> None:
+    assert spread(torch.arange(3), (2, 3, 1), 1).shape == (1, 3, 1)
+    assert Geometry((2, 3)).spread(torch.ones(1), "input").shape == (1, 1)
+    assert Geometry((2, 3)).spread(torch.ones(2, 3), "input").shape == (2, 3)
+
+
+# --------------------------------------------------------------------------------------------------------- the numbers
+
+
+def test_where_rates_start() -> None:
+    def start(config: Posterior) -> float:
+        layer = nn.Linear(3, 2)
+        vd.convert_(layer, config)
+        return vd.dropout_rates(layer)["weight"].flatten()[0].item()
+
+    assert start(vd.VariationalDropout()) == pytest.approx(0.2)
+    assert start(vd.VariationalDropout(rate=0.3)) == pytest.approx(0.3)
+    assert start(vd.VariationalDropout(alpha=1.0)) == pytest.approx(0.5)
+    assert start(vd.GaussianDropout(rate=0.9)) == pytest.approx(0.9)
+    assert start(vd.VariationalDropout(rate=0.9, max_alpha=math.inf)) == pytest.approx(0.9)
+
+
+def test_fast_dropout_has_the_moments_of_bernoulli_dropout() -> None:
+    """Wang and Manning: type B of rate p samples the pre-activation with the mean and variance of dropout itself."""
+    p, x = 0.3, torch.randn(6, dtype=torch.float64)
+    layer = nn.Linear(6, 4, bias=False).double()
+    masks = torch.cartesian_prod(*[torch.tensor([0.0, 1.0], dtype=torch.float64)] * 6)  # all 64 of them
+    probability = ((1 - p) ** masks.sum(1)) * (p ** (6 - masks.sum(1)))
+    y = layer(x * masks / (1 - p)).detach()
+    mean = probability @ y
+    variance = probability @ (y - mean).square()
+    vd.convert_(layer, vd.GaussianDropout(type="B", rate=p))
+    weight = layer.weight
+    torch.testing.assert_close(weight.loc @ x, mean)
+    torch.testing.assert_close(weight.variance @ x.square(), variance)
+
+
+def test_sparse_variance_is_that_of_the_clipped_log_alpha() -> None:
+    layer = nn.Linear(3, 2).double()
+    vd.convert_(layer, vd.SparseVariationalDropout(log_variance=-3.0))
+    nn.init.zeros_(layer._parameters["weight"][0])
+    nn.init.constant_(layer._parameters["weight"][1], 100.0)
+    log_alpha = vd.dropout_rates(layer, as_="log_alpha")["weight"]
+    assert (log_alpha[0] == 8).all()
+    assert (log_alpha[1] == -8).all()
+    assert (layer.weight.variance[0] == 0).all()
+    torch.testing.assert_close(layer.weight.variance[1], torch.full((3,), math.exp(-8) * 1e4, dtype=torch.float64))
+    (layer(torch.ones(4, 3, dtype=torch.float64)).sum() + vd.kl_divergence(layer)).backward()
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
+
+
+def test_variance_of_a_zero_weight() -> None:
+    """Relative noise on nothing is nothing, and no gradient is lost to a logarithm."""
+    for config in (vd.VariationalDropout(type="B", sharing="weight"), vd.GaussianPosterior(prior="log_uniform")):
+        layer = nn.Linear(3, 2)
+        nn.init.zeros_(layer.weight)
+        vd.convert_(layer, config)
+        (layer(torch.ones(4, 3)).square().sum() + vd.kl_divergence(layer)).backward()
+        assert all(p.grad.isfinite().all() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("prior", ["log_uniform", "cubic", "sigmoid", "ard", "gaussian"])
+def test_priors(prior: str) -> None:
+    log_alpha = torch.tensor(-1.0, dtype=torch.float64)
+    layer = nn.Linear(3, 2).double()
+    vd.convert_(layer, vd.VariationalDropout(type="B", alpha=math.exp(-1), prior=prior, prior_std=0.7))
+    theta = layer.weight.loc.detach()
+    expected = {
+        "log_uniform": lambda: 6 * vd.kl.log_uniform(log_alpha),
+        "cubic": lambda: 6 * vd.kl.log_uniform(log_alpha, form="cubic"),
+        "sigmoid": lambda: 6 * vd.kl.log_uniform(log_alpha, form="sigmoid"),
+        "ard": lambda: 3 * torch.log1p((-log_alpha).exp()),
+        "gaussian": lambda: torch.distributions.kl_divergence(
+            torch.distributions.Normal(theta, (0.5 * log_alpha).exp() * theta.abs()),
+            torch.distributions.Normal(0.0, 0.7),
+        ).sum(),
+    }[prior]()
+    torch.testing.assert_close(vd.kl_divergence(layer).double(), expected, rtol=1e-6, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------------ refusals
 
 REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (vd.VariationalDropout, {"type": "C"}, r"type must be 'A' \(correlated\) or 'B' \(independent noise\), got 'C'"),

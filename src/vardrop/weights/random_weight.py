@@ -49,7 +49,8 @@ class RandomWeight:
 
     * An operation that is linear in the weight is carried out by the estimator in force (:class:`vardrop.estimator`).
     * Views (``chunk``, ``t``, indexing, ...) give random weights again.
-    * Anything else gets one sample: always correct, never silently deterministic.
+    * Anything else gets a sample, never silently the mean: one for every operation, also if it is given twice to it. An
+      expression of several operations that has to see one and the same weight begins with ``w = weight.sample()``.
     * Operations that would change it in place are refused: there is nothing to change.
     """
 
@@ -153,7 +154,7 @@ def _operator(func: Any, swapped: bool = False) -> Callable[..., Any]:
 
 for _name in "add radd sub rsub mul rmul truediv rtruediv pow neg abs eq ne lt le gt ge getitem".split():
     setattr(RandomWeight, f"__{_name}__", _operator(getattr(Tensor, f"__{_name}__")))
-RandomWeight.__iter__ = _operator(torch.unbind)  # type: ignore[attr-defined]
+RandomWeight.__iter__ = lambda self: iter(self.unbind())  # type: ignore[attr-defined]
 RandomWeight.__matmul__ = _operator(torch.matmul)  # type: ignore[attr-defined]
 RandomWeight.__rmatmul__ = _operator(torch.matmul, swapped=True)  # type: ignore[attr-defined]
 RandomWeight.__hash__ = object.__hash__  # type: ignore[method-assign]
