@@ -455,7 +455,7 @@ def test_blame_names_what_comes_first():
     with torch.no_grad():
         first[1].bias[0] = math.nan
         second[1].bias[0] = math.nan
-    assert blame(task, x, y) == f"the parameter '{first[0]}.bias' and 1 others"
+    assert blame(task, x, y) == f"the parameter '{first[0]}.bias' (and 1 more)"
 
 
 def test_blame_finds_divergences_and_losses():

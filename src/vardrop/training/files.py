@@ -105,6 +105,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from error
     if "crc32" not in metadata:
         raise ValueError(f"vardrop.training: {path} was not written by vardrop; remove it to start again")
-    if int(metadata.pop("crc32")) != _checksum(tensors):
+    if metadata.pop("crc32") != str(_checksum(tensors)):
         raise ValueError(f"vardrop.training: {path} is damaged, its checksum is wrong; remove it to start again")
     return tensors, {key: json.loads(value) for key, value in metadata.items()}

@@ -59,7 +59,7 @@ def blame(task: Task, x: Tensor, y: Tensor) -> str:
     """
     bad = bad_parameters(task)
     if bad:
-        return f"the parameter '{bad[0]}'" + (f" and {len(bad) - 1} others" if len(bad) > 1 else "")
+        return f"the parameter '{bad[0]}'" + (f" (and {len(bad) - 1} more)" if len(bad) > 1 else "")
     for part, values in (("x", x), ("y", y)):
         if not _finite(values):
             return f"the data ({part} of the batch)"
