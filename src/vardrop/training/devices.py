@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import platform
@@ -61,7 +62,15 @@ def make_fabric(config: Config) -> Fabric:
             f"vardrop.train: accelerator={config.accelerator!r}, devices={devices}, strategy={config.strategy!r} and "
             f"precision={config.precision!r} must go together and exist here, got: {' '.join(str(error).split())}"
         ) from error
+    if fabric.world_size > 1:
+        atexit.register(_leave)
     return fabric
+
+
+def _leave() -> None:
+    """Close the connections while there is still an interpreter: gloo's threads abort a process that leaves them."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def seed_noise(seed: int, rank: int) -> None:

@@ -52,8 +52,8 @@ def train(config: Config, out: Path, resume: bool = False, progress: bool = True
     Adam on the evidence lower bound; an average over the weights of all steps is what validation sees. The folder
     gets ``config.json``, ``metrics.jsonl`` (a line an epoch), ``checkpoint.safetensors`` (after every epoch),
     ``model.safetensors``, ``examples.safetensors`` and ``summary.json``. Killed at any moment and started again with
-    ``resume``, a run on a CPU (on as many threads) ends with the same bits as one that was left alone. Torch's global generators are left
-    as they were.
+    ``resume``, a run on a CPU (on as many threads) ends with the same bits as one that was left alone. Torch's global
+    generators are left as they were.
 
     Args:
         config: what to train, on what, how.
