@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import pytest
@@ -148,7 +149,8 @@ NOT_LINEAR: dict[str, tuple[tuple[int, ...], Call]] = {
 
 
 def samples(call: Call, weight: Any) -> Tensor:
-    return vmap(lambda _: call(weight), randomness="different")(torch.arange(SAMPLES)).flatten(1)
+    """Many calls, each with a random weight of its own, as a layer hands them out."""
+    return vmap(lambda _: call(copy(weight)), randomness="different")(torch.arange(SAMPLES)).flatten(1)
 
 
 def moments(call: Call, weight: IndependentWeight, estimator: str, axis: int | None) -> tuple[Tensor, Tensor]:
@@ -193,7 +195,7 @@ def test_out_gets_a_sample() -> None:
     shape, call, _ = CALLS["mm out"]
     weight = random_weight(*shape)
     with torch.no_grad():
-        y = torch.stack([call(weight).flatten() for _ in range(SAMPLES)])
+        y = torch.stack([call(copy(weight)).flatten() for _ in range(SAMPLES)])
     assert_moments(y, *moments(CALLS["mm"][1], weight, "per_minibatch", None), "mm with out=")
 
 

@@ -112,7 +112,6 @@ def test_functions_in_place_are_refused_and_change_nothing(config: vd.Variationa
     assert parameter(layer).requires_grad
 
 
-@pytest.mark.xfail(strict=True, reason="what is assigned to a random weight, or to a sample of it, is lost in silence")
 @pytest.mark.parametrize(
     "change",
     [

@@ -299,3 +299,17 @@ def test_an_embedding_that_rewrites_its_weight_cannot_have_a_random_one() -> Non
 def test_the_divergence_of_a_flat_gaussian_prior() -> None:
     with pytest.raises(ValueError, match=r"prior_std must be positive, got 0\.0"):
         vd.kl.gaussian(torch.zeros(1), torch.zeros(1), prior_std=0.0)
+
+
+def test_the_cubic_refuses_a_fixed_alpha_above_one() -> None:
+    with pytest.raises(ValueError, match=r"prior='cubic' holds for alpha <= 1, got 1.5"):
+        vd.GaussianDropout(alpha=1.5, prior="cubic")
+    with pytest.raises(ValueError, match=r"prior='cubic' holds for alpha <= 1, got 4.0"):
+        vd.GaussianDropout(rate=0.8, prior="cubic")
+
+
+def test_a_rate_is_taken_as_it_is_given() -> None:
+    for rate in (1e-6, 0.99999):
+        layer = nn.Linear(2, 2)
+        vd.convert_(layer, vd.GaussianDropout(rate=rate))
+        torch.testing.assert_close(vd.dropout_rates(layer)["weight"], torch.tensor([rate]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -103,7 +105,7 @@ def test_views_of_correlated_weights(name: str, axis: int) -> None:
 @pytest.mark.parametrize("name", ONLY_INDEPENDENT)
 def test_other_views_of_correlated_weights_are_samples(name: str) -> None:
     weight, view = correlated(4, 3), ONLY_INDEPENDENT[name]
-    seen = vmap(lambda _: view(weight), randomness="different")(torch.arange(SAMPLES)).flatten(1)
+    seen = vmap(lambda _: view(copy(weight)), randomness="different")(torch.arange(SAMPLES)).flatten(1)
     whole = torch.stack([view(w).flatten() for w in draws(weight).view(SAMPLES, 4, 3)])
     assert_mean(seen - whole, torch.zeros_like(whole[0]), "mean")
     assert_mean(seen.square() - whole.square(), torch.zeros_like(whole[0]), "square")
@@ -136,7 +138,8 @@ def test_tied_to_the_output() -> None:
     bias = torch.randn(5, dtype=torch.float64)
     for estimator in ("local", "per_example", "flipout", "per_minibatch"):
         with vd.estimator(estimator):
-            y = vmap(lambda _: F.linear(x, weight, bias), randomness="different")(torch.arange(SAMPLES)).flatten(1)
+            one = lambda _: F.linear(x, copy(weight), bias)  # noqa: E731
+            y = vmap(one, randomness="different")(torch.arange(SAMPLES)).flatten(1)
         directions = torch.diag_embed(logits * weight.std)  # [2, 5, 5]
         covariance = torch.block_diag(*(d @ d.T for d in directions))
         if estimator == "per_minibatch":
@@ -183,16 +186,20 @@ def test_arithmetic_is_on_samples() -> None:
     }  # fmt: skip
     for name, result in results.items():
         assert isinstance(result, Tensor | IndependentWeight), name
-    assert not torch.equal(weight + 0, weight + 0)
+    assert not torch.equal(weight + 0, weight.sample())
     with vd.estimator("none"):
         assert torch.equal(weight + 0, weight.loc)
         assert torch.equal(weight.exp(), weight.loc.exp())
 
 
-def test_one_operation_given_a_weight_twice_sees_one_sample() -> None:
-    weight = independent(3, 3)
-    for estimator in ("local", "per_example"):
+def test_all_operations_on_a_weight_see_one_sample() -> None:
+    """An expression such as weight standardisation sees one weight; the next read of the layer gives another."""
+    for estimator in ("local", "per_example", "per_minibatch", "flipout"):
+        weight = independent(3, 3)
         with vd.estimator(estimator):
+            sample = weight + 0
+            torch.testing.assert_close(weight - weight.mean(), sample - sample.mean())
+            torch.testing.assert_close(torch.linalg.norm(weight), torch.linalg.norm(sample))
             assert not (weight - weight).count_nonzero()
             assert not torch.sub(*[weight, weight]).count_nonzero()
             assert torch.equal(*torch.stack([weight, weight]))
@@ -246,3 +253,17 @@ def test_inside_packed_attention() -> None:
         with vd.estimator("per_minibatch"):
             y = attention(x, x, x)[0]
         torch.testing.assert_close(y[0], y[1])
+
+
+@pytest.mark.parametrize("config", [vd.VariationalDropout(type="A"), vd.VariationalDropout(type="B")])
+@pytest.mark.parametrize("estimator", ["local", "per_example", "per_minibatch", "flipout"])
+def test_integer_inputs_are_refused(config: vd.VariationalDropout, estimator: str) -> None:
+    layer = nn.Linear(4, 3)
+    vd.convert_(layer, config)
+    with (
+        vd.estimator(estimator),
+        pytest.raises(
+            TypeError, match=r"linear with a random weight needs floating-point inputs, got torch.int64; conv"
+        ),
+    ):
+        layer(torch.ones(2, 4, dtype=torch.int64))

@@ -7,6 +7,7 @@ summed, averaged or divided here; :func:`vardrop.kl_divergence` adds up a model 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -65,7 +66,7 @@ def _exact_into(value: Tensor, slope: Tensor, log_alpha: Tensor, bound: float, w
     z, s, below, *powers = (row[: log_alpha.numel()] for row in work)
     torch.clamp(log_alpha, max=bound, out=z).add_(math.log(2.0))
     torch.sigmoid(z, out=powers[0])  # w, w^2, ...: shared by the three polynomials
-    for lower, power in zip(powers, powers[1:], strict=False):
+    for lower, power in pairwise(powers):
         torch.mul(lower, powers[0], out=power)
     torch.sigmoid(z.neg_(), out=s)  # not 1 - w, which has no digits left where alpha is large
     s.div_(_polynomial(powers, fit.below, out=below))

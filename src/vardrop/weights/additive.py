@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vardrop import kl
 from vardrop.weights.geometry import Geometry
-from vardrop.weights.posteriors import PRIORS, Posterior, check_prior, divergence, log_square, require, summable, wide
+from vardrop.weights.posteriors import Posterior, check_prior, divergence, log_square, require, summable, wide
 from vardrop.weights.random_weight import IndependentWeight, RandomWeight
 
 
@@ -43,7 +43,9 @@ class GaussianPosterior(Posterior):
     def _check(self) -> None:
         require(0 < self.std < math.inf, self, "std must be positive and finite", self.std)
         check_prior(self)
-        require(self.prior != "cubic", self, "prior must be another than 'cubic', for alpha has no bound here", self.prior)
+        require(
+            self.prior != "cubic", self, "prior must be another than 'cubic', for alpha has no bound here", self.prior
+        )
 
     def initial(self, weight: Tensor, geometry: Geometry, rate: float | None) -> Tensor:
         return torch.full_like(weight, 2 * math.log(self.std))
@@ -111,5 +113,3 @@ class SparseVariationalDropout(Posterior):
 
     def kl(self, weight: Tensor, noise: Tensor, geometry: Geometry) -> Tensor:
         return divergence(self.prior, 1.0, self.log_alpha(weight, noise, geometry), None)
-
-

@@ -14,16 +14,15 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from vardrop.weights.linear_ops import LinearOp
 from vardrop.weights.noise import add_noise, normal, signs
+from vardrop.weights.per_example import per_example
 
 if TYPE_CHECKING:
-    from vardrop.weights.random_weight import CorrelatedWeight, IndependentWeight, RandomWeight
+    from vardrop.weights.random_weight import CorrelatedWeight, IndependentWeight
 
 NAMES = ("local", "per_example", "per_minibatch", "flipout", "none")
-_WEIGHTS_AT_ONCE = 1 << 20  # entries of sampled per-example weights held at once: about what a CPU's cache holds
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,8 @@ class estimator:  # noqa: N801 - used as a statement: `with estimator("flipout")
     ========================  =================================================================================
     ``"local"`` (default)     the local reparameterization trick: y is sampled, not the weight (eq. 6). For a
                               convolution the noise is independent per output location, which leaves out the
-                              covariance that one shared kernel would cause between locations.
+                              covariance that one shared kernel would cause between locations; for type A it is
+                              independent per entry of the input (eq. 9).
     ``"per_example"``         a weight of its own for every example of the batch: slow, exact.
     ``"per_minibatch"``       one weight for the whole batch (the estimator of eq. 3): noisy gradients.
     ``"flipout"``             one weight perturbation with random signs for every example (Wen et al. 2018).
@@ -81,9 +81,7 @@ class estimator:  # noqa: N801 - used as a statement: `with estimator("flipout")
         True
     """
 
-    def __init__(
-        self, name: str, *, generator: torch.Generator | None = None, chunk: int | None = None
-    ) -> None:
+    def __init__(self, name: str, *, generator: torch.Generator | None = None, chunk: int | None = None) -> None:
         if name not in NAMES:
             raise ValueError(f"vardrop.estimator: name must be one of {', '.join(NAMES)}, got {name!r}")
         if chunk is not None and chunk < 1:
@@ -98,10 +96,9 @@ class estimator:  # noqa: N801 - used as a statement: `with estimator("flipout")
         _active.setting = _active.outer.pop()
 
 
-def draw(weight: RandomWeight) -> Tensor:
-    """One sample of a whole weight, by the estimator in force: the mean if that is ``"none"``."""
-    setting = _active.setting
-    return weight.loc if setting.name == "none" else weight.sample(setting.generator)
+def current() -> _Setting:
+    """The estimator in force in this thread."""
+    return _active.setting
 
 
 def independent(op: LinearOp, weight: IndependentWeight) -> Tensor:
@@ -112,9 +109,9 @@ def independent(op: LinearOp, weight: IndependentWeight) -> Tensor:
     if setting.name == "local":
         return weight.local(op, setting.generator)
     if setting.name == "per_minibatch" or op.examples is None:
-        return op.mean(weight.sample(setting.generator))
+        return op.mean(weight.drawn())
     if setting.name == "per_example":
-        return _per_example(op, weight.loc, weight.variance, setting)
+        return per_example(op, weight.loc, weight.variance, setting.generator, setting.chunk)
     return _flipout(op, weight.loc, weight.variance, setting.generator)
 
 
@@ -147,53 +144,6 @@ def _flipout(op: LinearOp, loc: Tensor, variance: Tensor, generator: torch.Gener
     return mean + noise * signs(_example_shape(mean, op.examples[-1], set(op.y_axes.values())), mean, generator)
 
 
-def _inside_a_transform() -> bool:
-    """Whether a torch.func transform is active: activation checkpoints do not work there."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def _per_example(op: LinearOp, loc: Tensor, variance: Tensor, setting: _Setting) -> Tensor:
-    assert op.examples is not None  # noqa: S101 - `independent` has seen to it
-    axes = op.examples[:-1]
-    first = next(axis for axis in axes if axis is not None)
-    total = op.inputs[0].shape[first]
-    chunk = setting.chunk or max(1, _WEIGHTS_AT_ONCE // max(1, loc.numel()))
-
-    def part(inputs: tuple[Tensor, ...], loc: Tensor, variance: Tensor, generator: torch.Generator | None) -> Tensor:
-        count = inputs[0].shape[first]
-        if count <= 1:
-            return op.run(inputs, add_noise(loc, variance, generator), False)
-        shape = (count, *loc.shape)
-        w = add_noise(loc.expand(shape), variance.expand(shape), generator)
-        if op.each is not None:
-            return op.each(inputs, w)
-        alone = torch.vmap(lambda inputs, w: op.run(inputs, w, False), in_dims=(axes, 0), out_dims=op.examples[-1])
-        return alone(inputs, w)
-
-    def replayed(*args: object) -> Tensor:
-        """``part`` with a generator of its own, made from a seed: a checkpoint saves no others than torch's own."""
-        *rest, seed = args
-        generator = None if seed is None else torch.Generator(loc.device).manual_seed(int(seed))
-        return part(*rest, generator)  # type: ignore[arg-type]
-
-    keep = not torch.is_grad_enabled() or total <= chunk or torch.compiler.is_compiling() or _inside_a_transform()
-    pieces = []
-    for start in range(0, max(total, 1), chunk):
-        length = min(chunk, total - start)
-        inputs = tuple(
-            x if axis is None else x.narrow(axis, start, length) for x, axis in zip(op.inputs, axes, strict=True)
-        )
-        if keep:
-            pieces.append(part(inputs, loc, variance, setting.generator))
-            continue
-        seed = None
-        if setting.generator is not None:
-            seed = torch.randint(2**62, (), generator=setting.generator, device=setting.generator.device).item()
-        pieces.append(checkpoint(replayed, inputs, loc, variance, seed, use_reentrant=False))
-    y = pieces[0] if len(pieces) == 1 else torch.cat(pieces, op.examples[-1])
-    return op.plus_bias(y)
-
-
 def correlated(op: LinearOp, weight: CorrelatedWeight) -> Tensor:
     """y for a weight whose slices along one axis share a factor N(1, α) (type A noise, eq. 11).
 
@@ -216,7 +166,7 @@ def correlated(op: LinearOp, weight: CorrelatedWeight) -> Tensor:
         example = None if op.examples is None else op.examples[-1]
         y = y * _factor(y, example, op.y_axes[weight.axis], weight.std, setting)
         return op.plus_bias(y)
-    return op.mean(weight.sample(setting.generator))
+    return op.mean(weight.drawn())
 
 
 def _factor(x: Tensor, example: int | None, unit: int, std: Tensor, setting: _Setting) -> Tensor:

@@ -120,7 +120,7 @@ def _embedding(
 
 def _bilinear(input1: Tensor, input2: Tensor, weight: Any, bias: Tensor | None = None) -> LinearOp:
     def run(inputs: tuple[Tensor, ...], w: Tensor, biased: bool) -> Tensor:
-        return F.bilinear(*inputs, w, bias if biased else None)
+        return F.bilinear(inputs[0], inputs[1], w, bias if biased else None)
 
     def each(inputs: tuple[Tensor, ...], w: Tensor) -> Tensor:  # vmap has no rule for F.bilinear
         return torch.einsum("n...i,noij,n...j->n...o", inputs[0], w, inputs[1]).to(inputs[0].dtype)

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from vardrop.weights.estimators import draw
 from vardrop.weights.geometry import Geometry
 from vardrop.weights.posteriors import Posterior, describe
 from vardrop.weights.random_weight import RandomWeight
@@ -95,7 +94,7 @@ def _flat_weights() -> property:
 
     def read(self: Any) -> list[Tensor]:
         weights = [self.random_weight(name) for name in self._flat_weights_names]
-        return [draw(w) if isinstance(w, RandomWeight) else w for w in weights]
+        return [w.drawn() if isinstance(w, RandomWeight) else w for w in weights]
 
     def write(self: Any, weights: list[Tensor]) -> None:
         self.__dict__["_flat_weights"] = weights

@@ -109,10 +109,13 @@ class _Multiplicative(Posterior):
         if self.rate is not None:
             require(0 < self.rate < 1, self, "rate must be above 0 and below 1", self.rate)
         check_prior(self)
+        start = self.alpha if self.rate is None else self.rate / (1 - self.rate)
+        if self.prior == "cubic" and start is not None and start > 1 + 1e-9:
+            require(False, self, "prior='cubic' holds for alpha <= 1", start)
 
     def initial(self, weight: Tensor, geometry: Geometry, rate: float | None) -> Tensor:
-        rate = self.rate if self.rate is not None else rate
-        rate = DEFAULT_RATE if rate is None else min(max(rate, 1e-4), 1 - 1e-4)
+        replaced = DEFAULT_RATE if rate is None else min(max(rate, 1e-4), 1 - 1e-4)  # of a dropout, may be 0 or 1
+        rate = replaced if self.rate is None else self.rate
         start = min(math.log(rate / (1 - rate)) if self.alpha is None else math.log(self.alpha), self.bound)
         shape = {"layer": (1,), "neuron": (geometry.units(self.unit),), "weight": geometry.shape}[self.sharing]
         return weight.new_full(shape, start)

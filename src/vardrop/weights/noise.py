@@ -27,7 +27,7 @@ class _AddNoise(torch.autograd.Function):
 
     @staticmethod
     def forward(mean: Tensor, variance: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        std = variance.sqrt()
+        std = variance.clamp_min(0).sqrt_()  # some convolution algorithms come out a little below 0
         sample = torch.addcmul(mean, std.to(mean.dtype), noise)
         # d sample / d variance = noise / (2 std); 0 where a zero row, padding or dead units leave no variance
         slope = torch.addcdiv(std.new_zeros(()), noise.to(std.dtype), std, value=0.5)

@@ -34,6 +34,7 @@ def summable(x: Tensor) -> Tensor:
 
 
 def require(condition: bool, config: Any, words: str, given: Any) -> None:
+    """Refuse a value of a config, in the words of the config."""
     if not condition:
         raise ValueError(f"vardrop.{type(config).__name__}: {words}, got {given!r}")
 
@@ -69,13 +70,12 @@ class Posterior:
 
 
 def check_prior(config: Any) -> None:
+    """Refuse a prior that there is none of."""
     require(config.prior in PRIORS, config, f"prior must be one of {', '.join(PRIORS)}", config.prior)
     require(config.prior_std > 0, config, "prior_std must be positive", config.prior_std)
 
 
-def divergence(
-    prior: str, prior_std: float, log_alpha: Tensor, mean: Tensor | None, bound: float = math.inf
-) -> Tensor:
+def divergence(prior: str, prior_std: float, log_alpha: Tensor, mean: Tensor | None, bound: float = math.inf) -> Tensor:
     """Summed over ``log_alpha``, projected onto its bound; ``mean`` is that of the random scalars, None for 1."""
     log_alpha = summable(log_alpha)
     if prior in ("log_uniform", "cubic", "sigmoid"):

@@ -21,10 +21,10 @@ _DESCRIBES_MEAN = frozenset(
     "is_leaf is_nested is_meta itemsize nbytes size dim numel nelement ndimension element_size stride is_contiguous "
     "get_device".split()
 )
-_CASTS = frozenset("contiguous to float double half bfloat16 type_as cpu cuda clone".split())
+_CASTS = frozenset("detach contiguous to float double half bfloat16 type_as cpu cuda clone".split())
 _TRANSPOSES = frozenset("t adjoint transpose swapaxes swapdims".split())
 _CUTS = frozenset("chunk split tensor_split narrow".split())
-_RESHAPES = frozenset("permute movedim unbind select view reshape flatten unflatten squeeze unsqueeze".split())
+_RESHAPES = frozenset("permute movedim unbind select view view_as reshape flatten unflatten squeeze unsqueeze".split())
 _VIEWS = _CASTS | _TRANSPOSES | _CUTS | _RESHAPES | {"__getitem__"}  # `expand` is none: its copies are one draw
 
 
@@ -49,15 +49,25 @@ class RandomWeight:
 
     * An operation that is linear in the weight is carried out by the estimator in force (:class:`vardrop.estimator`).
     * Views (``chunk``, ``t``, indexing, ...) give random weights again.
-    * Anything else gets a sample, never silently the mean: one for every operation, also if it is given twice to it. An
-      expression of several operations that has to see one and the same weight begins with ``w = weight.sample()``.
+    * Anything else gets a sample, never silently the mean. A random weight keeps it, so that ``w - w.mean()`` sees one
+      weight; a layer hands out a new random weight whenever its attribute is read.
     * Operations that would change it in place are refused: there is nothing to change.
     """
 
     loc: Tensor
+    _drawn: Tensor | None = None
+
+    def drawn(self) -> Tensor:
+        """The one sample that everything shares which is not linear in the weight: the mean under ``"none"``."""
+        setting = estimators.current()
+        if setting.name == "none":
+            return self.loc
+        if self._drawn is None:
+            self._drawn = self.sample(setting.generator)
+        return self._drawn
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """One draw of the whole weight."""
+        """A new draw of the whole weight."""
         raise NotImplementedError
 
     def _carry_out(self, op: LinearOp) -> Tensor:
@@ -77,16 +87,23 @@ class RandomWeight:
         if describe is not None and kwargs.get("out") is None:
             op = describe(*args, **kwargs)
             if op is not None and isinstance(op.weight, RandomWeight) and _plain(op.inputs) and _plain((op.bias,)):
+                wrong = next((x.dtype for x in op.inputs if not (op.indexed or x.is_floating_point())), None)
+                if wrong is not None:
+                    raise TypeError(
+                        f"vardrop: {func.__name__} with a random weight needs floating-point inputs, got {wrong}; "
+                        "convert them with .float()"
+                    )
                 return op.weight._carry_out(op)
         if func in _BODIES:
             return _BODIES[func](*args, **kwargs)
         if isinstance(kwargs.get("out"), RandomWeight):
             _refuse("an operation with out=")
+        name = getattr(func, "__name__", "")
         first = args[0] if args else kwargs.get("tensor")  # as torch.nn.init calls it
+        several = tuple(first) if isinstance(first, list | tuple) else (first,)
+        if name.endswith("_") and not name.endswith("__") and not _plain(several):
+            _refuse(name)
         if isinstance(first, RandomWeight):
-            name = getattr(func, "__name__", "")
-            if name.endswith("_") and not name.endswith("__"):
-                _refuse(name)
             if name == "__getitem__" and _are_rows(args[1]) and first.ndim == 2:
                 rows = args[1].where(args[1] >= 0, args[1] + len(first))
                 return F.embedding(rows, first)  # type: ignore[arg-type]
@@ -94,8 +111,7 @@ class RandomWeight:
                 view = args[0]._view(name, lambda t: func(t, *args[1:], **kwargs), args[1:], kwargs)
                 if view is not None:
                     return view
-        drawn: dict[int, Tensor] = {}
-        return func(*_draw(args, drawn), **_draw(kwargs, drawn))
+        return func(*_drawn(args), **_drawn(kwargs))
 
     def __getattr__(self, name: str) -> Any:
         if name in _DESCRIBES_MEAN:
@@ -108,7 +124,7 @@ class RandomWeight:
                 "variable, and the parameter with .data and .grad is dict(layer.named_parameters())['weight']"
             )
         attribute = getattr(Tensor, name)
-        return functools.partial(_dispatch, attribute, self) if callable(attribute) else getattr(estimators.draw(self), name)
+        return functools.partial(_dispatch, attribute, self) if callable(attribute) else getattr(self.drawn(), name)
 
     def __len__(self) -> int:
         return len(self.loc)
@@ -128,16 +144,14 @@ def _plain(values: tuple[Any, ...]) -> bool:
     return not any(isinstance(value, RandomWeight) for value in values)
 
 
-def _draw(value: Any, drawn: dict[int, Tensor]) -> Any:
-    """``value`` with a sample in place of every random weight; one weight met twice is one sample."""
+def _drawn(value: Any) -> Any:
+    """``value`` with its sample in place of every random weight."""
     if isinstance(value, RandomWeight):
-        if id(value) not in drawn:
-            drawn[id(value)] = estimators.draw(value)
-        return drawn[id(value)]
+        return value.drawn()
     if isinstance(value, tuple | list):
-        return type(value)([_draw(entry, drawn) for entry in value])
+        return type(value)([_drawn(entry) for entry in value])
     if isinstance(value, dict):
-        return {key: _draw(entry, drawn) for key, entry in value.items()}
+        return {key: _drawn(entry) for key, entry in value.items()}
     return value
 
 
@@ -152,11 +166,23 @@ def _operator(func: Any, swapped: bool = False) -> Callable[..., Any]:
     return operate
 
 
+def _only_on_the_parameter(name: str) -> property:
+    def read(self: RandomWeight) -> Any:
+        return RandomWeight.__getattr__(self, name)
+
+    def write(self: RandomWeight, value: Any) -> None:
+        _refuse(f"to set .{name}")
+
+    return property(read, write)
+
+
+for _name in ("data", "grad", "requires_grad"):
+    setattr(RandomWeight, _name, _only_on_the_parameter(_name))
 for _name in "add radd sub rsub mul rmul truediv rtruediv pow neg abs eq ne lt le gt ge getitem".split():
     setattr(RandomWeight, f"__{_name}__", _operator(getattr(Tensor, f"__{_name}__")))
 RandomWeight.__iter__ = lambda self: iter(self.unbind())  # type: ignore[attr-defined]
-RandomWeight.__matmul__ = _operator(torch.matmul)  # type: ignore[attr-defined]
-RandomWeight.__rmatmul__ = _operator(torch.matmul, swapped=True)  # type: ignore[attr-defined]
+setattr(RandomWeight, "__matmul__", _operator(torch.matmul))  # noqa: B010 - as the others
+setattr(RandomWeight, "__rmatmul__", _operator(torch.matmul, swapped=True))  # noqa: B010
 RandomWeight.__hash__ = object.__hash__  # type: ignore[method-assign]
 
 
@@ -225,7 +251,8 @@ class CorrelatedWeight(RandomWeight):
 
     def _view(self, name: str, view: Callable[[Tensor], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if name in _CASTS:
-            return CorrelatedWeight(view(self.loc), self.std, self.axis, self.groups)
+            std = self.std.detach() if name == "detach" else self.std
+            return CorrelatedWeight(view(self.loc), std, self.axis, self.groups)
         if self.groups > 1:
             return None
         if name in _TRANSPOSES:
