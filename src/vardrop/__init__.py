@@ -1,6 +1,6 @@
 """vardrop: dropout that learns its rates, tells its uncertainty, and shrinks networks."""
 
-from vardrop import kl
+from vardrop import functional, kl, layers, rates, testing
 from vardrop.convert import Report, convert_, restore_
 from vardrop.gradient import gradient_variance
 from vardrop.objective import ELBO, dropout_rates, kl_divergence
@@ -22,9 +22,13 @@ __all__ = [
     "convert_",
     "dropout_rates",
     "estimator",
+    "functional",
     "gradient_variance",
     "kl",
     "kl_divergence",
+    "layers",
+    "rates",
     "register_layer",
     "restore_",
+    "testing",
 ]

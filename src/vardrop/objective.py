@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vardrop.rates import Rated
 from vardrop.weights.modules import noisy_weights
 
 
@@ -19,14 +20,24 @@ def _whole(x: Tensor) -> Tensor:
     return x.full_tensor() if type(x).__name__ == "DTensor" else x  # type: ignore[attr-defined]
 
 
+def _divergences(model: nn.Module) -> list[Tensor]:
+    """Of every random weight, and of every layer whose noise has one."""
+    terms = [
+        config.kl(_whole(mean), _whole(noise), geometry) for _, mean, noise, config, geometry in noisy_weights(model)
+    ]
+    return terms + [kl for module in model.modules() if isinstance(module, Rated) and (kl := module.kl()) is not None]
+
+
 def kl_divergence(model: nn.Module) -> Tensor:
     """Sum of the KL divergences of all random weights of a model from their priors (eq. 1).
+
+    Layers that learn the rate of their noise (``layers.GaussianDropout``, ``layers.ConcreteDropout``) count too.
 
     It is a sum over random scalars, never divided by anything: every weight (type B, mean-field), every input unit
     (type A), whether or not they share a rate; a weight that several modules share counts once.
 
     Args:
-        model: a module that :func:`vardrop.convert_` has been at.
+        model: a module that :func:`vardrop.convert_` has been at, or that has such layers.
 
     Returns:
         A scalar, in nats, that gradients flow through.
@@ -41,19 +52,21 @@ def kl_divergence(model: nn.Module) -> Tensor:
         >>> round(vd.kl_divergence(layer).item(), 2)  # 100 input units, 0.4267 nats each
         42.67
     """
-    terms = [
-        config.kl(_whole(mean), _whole(noise), geometry) for _, mean, noise, config, geometry in noisy_weights(model)
-    ]
+    terms = _divergences(model)
     if not terms:
         raise ValueError(
             f"vardrop.kl_divergence: no weight of this {type(model).__name__} is random; call vd.convert_ first"
         )
+    return _sum(terms)
+
+
+def _sum(terms: list[Tensor]) -> Tensor:
     dtype = functools.reduce(torch.promote_types, (term.dtype for term in terms), torch.float32)
     return torch.stack([term.to(terms[0].device, dtype) for term in terms]).sum()
 
 
 def dropout_rates(model: nn.Module, as_: str = "rate") -> dict[str, Tensor]:
-    """The dropout rates of all random weights of a model, p = α / (1 + α).
+    """The dropout rates of all random weights of a model, p = α / (1 + α), and those that layers learn.
 
     Args:
         model: a module that :func:`vardrop.convert_` has been at.
@@ -61,7 +74,7 @@ def dropout_rates(model: nn.Module, as_: str = "rate") -> dict[str, Tensor]:
 
     Returns:
         Name of the weight -> tensor, detached: ``[1]`` for a rate per layer, ``[units]`` per neuron, the shape of the
-        weight for a rate (or a variance) per weight.
+        weight for a rate (or a variance) per weight. Name of a layer of activation noise -> 0-dim tensor.
 
     Raises:
         ValueError: for another ``as_``.
@@ -81,10 +94,14 @@ def dropout_rates(model: nn.Module, as_: str = "rate") -> dict[str, Tensor]:
     if as_ not in transforms:
         raise ValueError(f"vardrop.dropout_rates: as_ must be one of {', '.join(transforms)}, got {as_!r}")
     with torch.no_grad():
-        return {
-            name: transforms[as_](config.log_alpha(_whole(mean), _whole(noise), geometry).clone())
+        found = {
+            name: config.log_alpha(_whole(mean), _whole(noise), geometry)
             for name, mean, noise, config, geometry in noisy_weights(model)
         }
+        for name, module in model.named_modules():
+            if isinstance(module, Rated) and module.is_learned:
+                found[name or type(module).__name__] = module.logit()
+        return {name: transforms[as_](log_alpha.clone()) for name, log_alpha in found.items()}
 
 
 def _finite(x: object) -> bool:
@@ -176,7 +193,8 @@ class ELBO:
                 f"{given}; did you mean elbo(nll.mean())?"
             )
         scale = self.scale()
-        kl = kl_divergence(self.model) if any(True for _ in noisy_weights(self.model)) else mean_nll.new_zeros(())
+        terms = _divergences(self.model)
+        kl = _sum(terms) if terms else mean_nll.new_zeros(())
         self._last = mean_nll.detach(), kl.detach(), scale
         if self.model.training:
             self.step += 1

@@ -242,8 +242,8 @@ class Rated(nn.Module):
     """A module with a dropout rate p: a number, a schedule, or learned.
 
     A number or the value of a schedule is the buffer ``rate_value``, float32 whatever type the module is cast to; a
-    learned rate is the parameter ``rate_logit``. A checkpoint without either loads too, and leaves the rate alone, so
-    that the layer can take the place of one from ``torch.nn``.
+    learned rate is the parameter ``rate_logit``, ``[1]``, as FSDP wants no fewer dimensions. A checkpoint without
+    either loads too, and leaves the rate alone, so that the layer can take the place of one from ``torch.nn``.
 
     Subclasses say what they can do: ``learnable``, whether a gradient reaches the rate, and ``one``, whether p = 1 has
     a meaning.
@@ -280,7 +280,7 @@ class Rated(nn.Module):
                     f"vardrop.{type(self).__name__}: p must be a number or a schedule, got {p!r}; no gradient reaches "
                     "the rate of this noise: use GaussianDropout or ConcreteDropout to learn one"
                 )
-            self.rate_logit = nn.Parameter(torch.tensor(math.log(p.initial) - math.log1p(-p.initial)))
+            self.rate_logit = nn.Parameter(torch.tensor([math.log(p.initial) - math.log1p(-p.initial)]))
         else:
             self.register_buffer("rate_value", torch.tensor(self._check(p(0) if callable(p) else p)))
 
@@ -295,7 +295,15 @@ class Rated(nn.Module):
     @property
     def rate(self) -> Tensor:
         """The rate now, 0-dim; gradients flow to it if it is learned."""
-        return torch.sigmoid(self.rate_logit) if self.is_learned else self.rate_value  # type: ignore[return-value]
+        return torch.sigmoid(self.logit()) if self.is_learned else self.rate_value  # type: ignore[return-value]
+
+    def logit(self) -> Tensor:
+        """The logit of the rate, which is the log α of Gaussian noise, 0-dim."""
+        return self.rate_logit.squeeze(0) if self.is_learned else torch.logit(self.rate_value)  # type: ignore[arg-type]
+
+    def kl(self) -> Tensor | None:
+        """The divergence of the noise from its prior, a scalar in nats; None for noise that has none."""
+        return None
 
     @property
     def p(self) -> float:
