@@ -173,3 +173,5 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(two, one, folder):
 
 if __name__ == "__main__":
     work(sys.argv[1], Path(sys.argv[2]))
+    torch.distributed.barrier()
+    os._exit(0)  # as the command line does: torch's threads race with the end of an interpreter, and may abort it

@@ -10,6 +10,8 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
+import torch  # which vardrop itself imports
+
 import vardrop
 from vardrop.training.config import Config
 
@@ -189,8 +191,6 @@ def demo(
 
     `vardrop demo --out runs/demo`
     """
-    import torch
-
     from vardrop.report import write, write_comparison
     from vardrop.training import train as run
 
@@ -262,6 +262,15 @@ def _fail(words: str, status: int = 2) -> NoReturn:
     if _first_process():
         words = re.sub(r"^vardrop[\w.]*: ", "", " ".join(words.split()))
         sys.stderr.write(f"vardrop: error: {words}\n")
+    _exit(status)
+
+
+def _exit(status: int) -> NoReturn:
+    """End the process; one of several without a tear-down, in which torch's and gloo's threads race and may abort."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
 
 
@@ -288,7 +297,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         _fail(str(error))
     if status == 130:
         _fail("stopped; train goes on from its last checkpoint with --resume", 130)
-    sys.exit(status if isinstance(status, int) else 0)
+    _exit(status if isinstance(status, int) else 0)
 
 
 if __name__ == "__main__":
