@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import architectures  # noqa: F401  (makes torchvision importable, and so timm)
 import vardrop as vd
+from benchmarks import blocks
 from vardrop import rates
 from vardrop.layers.droppath import DropPath, LayerDrop, StochasticDepth, drop_path, every_other, survival_rates
 
@@ -457,6 +458,21 @@ def test_the_representation_tells_what_is_not_default() -> None:
     assert repr(DropPath(0.1, "batch", "original")) == "DropPath(p=0.1, mode='batch', scaling='original')"
     assert "p=0.2, mode='row'" in repr(StochasticDepth(nn.Identity(), 0.2))
     assert "p=0.2, keep=[0]" in repr(LayerDrop([nn.Identity()], 0.2, keep=[0]))
+
+
+def test_the_benchmark_measures_what_it_says() -> None:
+    pytest.importorskip("timm.layers")
+    rows = blocks.drop_blocks(1, 0, shape=(2, 3, 9, 8)) + blocks.stochastic_depth(1, 0, examples=3)
+    assert {row.variant: row.goal for row in rows if row.goal} == {
+        "drop_block": 0.1,
+        "StochasticDepth, row": 0.8,
+        "StochasticDepth, batch": 0.8,
+    }
+    assert all(row.ratio is not None for row in rows)
+    table = blocks.rates_table(units=500).splitlines()
+    assert len(table) == 2 + 8 * 3
+    assert table[3].startswith("| 56 × 56 | 4 |")
+    assert table[3].endswith("| error |")
 
 
 # ------------------------------------------------------------------------------------------------------- LayerDrop

@@ -1,0 +1,183 @@
+"""DropBlock beside timm's, and stochastic depth beside a network without: ``python -m benchmarks.blocks``.
+
+``python -m benchmarks.blocks --rates`` prints the table of realised rates in docs/dropblock.md instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks import table
+from benchmarks.timing import Row, interleaved, summarise
+from vardrop.layers.dropblock import drop_block
+from vardrop.layers.droppath import StochasticDepth, survival_rates
+
+DEPTH = 12
+
+
+def _timm() -> Any:
+    """timm's layers; torchvision, which it imports, misses operators on some CPU builds, and gets them declared."""
+    try:
+        return importlib.import_module("timm.layers")
+    except RuntimeError:  # operator torchvision::nms does not exist
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        timm = importlib.import_module("timm.layers")
+        timm._vardrop_keeps = library  # its definitions go when it does
+        return timm
+
+
+def _pass(function: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> Callable[[], None]:
+    """Forward and backward of a function of a random feature map."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator).requires_grad_()
+    gradient = torch.randn(shape, generator=generator)
+
+    def run() -> None:
+        x.grad = None
+        function(x).backward(gradient)
+
+    return run
+
+
+def drop_blocks(rounds: int, warmup: int, shape: tuple[int, ...] = (32, 64, 32, 32)) -> list[Row]:
+    """Independent channels, blocks of 7, p = 0.1, forward and backward; the reference is timm's."""
+    name = "drop-block"
+    try:
+        timm = _timm()
+    except ImportError as error:
+        return [Row(name, "timm", note=f"cannot be used here: {type(error).__name__}: {error}")]
+    ours = partial(drop_block, rate=0.1, block_size=7)
+    variants: dict[str, Callable[[Tensor], Tensor]] = {
+        "timm, itself again": partial(timm.drop_block_2d, drop_prob=0.1, block_size=7, couple_channels=False),
+        "drop_block": ours,
+        "drop_block, by sample": partial(ours, rescale="sample"),
+        "drop_block, by batch": partial(ours, rescale="batch"),
+        "drop_block, valid seeds": partial(ours, seeds="valid", rescale="batch"),
+        "drop_block, shared channels": partial(ours, share_channels=True),
+        "timm, shared channels": partial(timm.drop_block_2d, drop_prob=0.1, block_size=7),
+    }
+    reference = _pass(variants["timm, itself again"], shape)
+    pairs = interleaved({key: _pass(f, shape) for key, f in variants.items()}, reference, rounds, warmup)
+    goals = {"drop_block": 0.1}
+    return [summarise(name, variant, seen, goal=goals.get(variant)) for variant, seen in pairs.items()]
+
+
+class _Residual(nn.Module):
+    """x + path(block(x)), the usual way: what is dropped has been computed."""
+
+    def __init__(self, block: nn.Module, path: nn.Module) -> None:
+        super().__init__()
+        self.block, self.path = block, path
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.path(self.block(x))
+
+
+def residual_network(wrap: Callable[[nn.Module, float], nn.Module], depth: int = DEPTH, width: int = 32) -> nn.Module:
+    """A small residual network on 3 x 32 x 32; ``wrap`` gets a branch and the drop rate of its depth."""
+
+    def branch() -> nn.Module:
+        def conv() -> list[nn.Module]:
+            return [nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)]
+
+        return nn.Sequential(*conv(), nn.ReLU(), *conv())
+
+    blocks = [wrap(branch(), 1 - survival) for survival in survival_rates(depth, last=0.5)]
+    stem = [nn.Conv2d(3, width, 3, stride=2, padding=1), nn.ReLU()]
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
+
+
+def stochastic_depth(rounds: int, warmup: int, examples: int = 64) -> list[Row]:
+    """A training step at p_L = 0.5, forward and backward without an optimiser; the reference drops nothing."""
+    x, y = torch.randn(examples, 3, 32, 32), torch.randint(10, (examples,))
+    wraps: dict[str, Callable[[nn.Module, float], nn.Module]] = {
+        "no drop, itself again": lambda block, p: _Residual(block, nn.Identity()),
+        "StochasticDepth, row": StochasticDepth,
+        "StochasticDepth, batch": partial(StochasticDepth, mode="batch"),
+    }
+    missing = []
+    try:
+        path = _timm().DropPath
+    except ImportError as error:
+        missing = [Row("drop-path", "timm", note=f"cannot be used here: {type(error).__name__}: {error}")]
+    else:
+        wraps["timm DropPath"] = lambda block, p: _Residual(block, path(p))
+
+    def step(wrap: Callable[[nn.Module, float], nn.Module]) -> Callable[[], None]:
+        net = residual_network(wrap)
+
+        def run() -> None:
+            net.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+
+        return run
+
+    goals = {"StochasticDepth, row": 0.8, "StochasticDepth, batch": 0.8}
+    steps = {name: step(wrap) for name, wrap in wraps.items()}
+    # a convolution is set up anew for a number of rows that it has not met: a cost of the first steps only
+    pairs = interleaved(steps, step(wraps["no drop, itself again"]), rounds, 3 * warmup)
+    share = sum(survival_rates(DEPTH, last=0.5)) / DEPTH
+    notes = {"StochasticDepth, row": f"{share:.2f} of the rows reach a block"}
+    return [
+        summarise("drop-path", name, seen, goal=goals.get(name), note=notes.get(name, ""))
+        for name, seen in pairs.items()
+    ] + missing
+
+
+def measure(rounds: int, warmup: int) -> list[Row]:
+    """All rows of this file."""
+    return drop_blocks(rounds, warmup) + stochastic_depth(rounds, warmup)
+
+
+def _rate(function: Callable[[Tensor], Tensor], size: tuple[int, int], units: int) -> str:
+    """The share of units that a function drops, or that it refuses the map."""
+    maps = max(2, units // (size[0] * size[1]))
+    try:
+        gone = function(torch.ones(1, maps, *size)) == 0
+    except ValueError:  # torchvision's for even blocks
+        return "error"
+    return f"{gone.double().mean():.3f}"
+
+
+def rates_table(p: float = 0.1, units: int = 4_000_000) -> str:
+    """Realised rates of DropBlock on maps of several sizes, as Markdown; channels are independent."""
+    timm, ops = _timm(), importlib.import_module("torchvision.ops")
+    lines = ["| map | block | vardrop | vardrop, valid seeds | timm | torchvision |", "|---|---|---|---|---|---|"]
+    sizes = [(56, 56), (28, 28), (14, 14), (14, 7), (7, 7), (4, 4), (3, 9), (1, 1)]
+    for size in sizes:
+        for b in (3, 4, 7):
+            functions: list[Callable[[Tensor], Tensor]] = [
+                partial(drop_block, rate=p, block_size=b),
+                partial(drop_block, rate=p, block_size=b, seeds="valid"),
+                partial(timm.drop_block_2d, drop_prob=p, block_size=b, couple_channels=False),
+                partial(ops.drop_block2d, p=p, block_size=b),
+            ]
+            cells = [f"{size[0]} × {size[1]}", str(b), *(_rate(function, size, units) for function in functions)]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m benchmarks.blocks", description="Speed of DropBlock and DropPath.")
+    parser.add_argument("--rates", action="store_true", help="the table of realised rates of DropBlock instead")
+    torch.manual_seed(0)
+    if parser.parse_args().rates:
+        print(rates_table())
+        return
+    threads = torch.get_num_threads()
+    title = f"{table.device_name()}, {threads} threads, torch {torch.__version__}: ratios to timm, and to no drop"
+    table.show(measure(rounds=15, warmup=2), title)
+
+
+if __name__ == "__main__":
+    main()
