@@ -113,7 +113,7 @@ def _embedding(
         if padding_idx is None:
             return y
         y = y.masked_fill((inputs[0] == padding_idx).unsqueeze(-1), 0.0)
-        return y + bias if biased else y
+        return y + bias if biased and bias is not None else y
 
     return LinearOp(weight, (input,), run, bias, {0: 0}, {1: -1}, _examples(input, 0), indexed=True)
 

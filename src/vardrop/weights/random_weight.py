@@ -98,11 +98,11 @@ class RandomWeight:
             return _BODIES[func](*args, **kwargs)
         if isinstance(kwargs.get("out"), RandomWeight):
             _refuse("an operation with out=")
-        name = getattr(func, "__name__", "")
         first = args[0] if args else kwargs.get("tensor")  # as torch.nn.init calls it
-        several = tuple(first) if isinstance(first, list | tuple) else (first,)
-        if name.endswith("_") and not name.endswith("__") and not _plain(several):
-            _refuse(name)
+        if not _plain(tuple(first) if isinstance(first, list | tuple) else (first,)):
+            name = getattr(func, "__name__", "")
+            if name.endswith("_") and not name.endswith("__"):
+                _refuse(name)
         if isinstance(first, RandomWeight):
             if name == "__getitem__" and _are_rows(args[1]) and first.ndim == 2:
                 rows = args[1].where(args[1] >= 0, args[1] + len(first))
