@@ -214,7 +214,7 @@ def drop_block(
             kept = torch.exp(-where.hazard(p) * where.cover(p))
         else:
             over = list(range(1 if rescale == "sample" else 0, x.ndim))
-            kept = mask.mean(over, keepdim=True, dtype=_wide(x.device))
+            kept = mask.mean(over, keepdim=True, dtype=torch.promote_types(mask.dtype, torch.float32))
         scale = _inverse(kept).to(mask.dtype)
         mask = mask.mul_(scale) if sparse else mask * scale
     return x * mask
