@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks import divergence, memory, peers, table, training_step
+from benchmarks import divergence, layers, memory, peers, table, training_step
 from benchmarks.timing import Row
 from benchmarks.variants import HARDEST, OURS, PER_EXAMPLE
 
@@ -27,6 +27,7 @@ PLANS = {
     "mlp-128": Plan("training step of the MLP 784-3x1000-10, minibatch of 128", 25, 3),
     "mlp-1000": Plan("training step of the same MLP, minibatch of 1000", 11, 2),
     "cnn-100": Plan("training step of a small CNN on 3x32x32, minibatch of 100", 15, 2),
+    "layers": Plan("training step of the same MLP with layers of activation noise, minibatch of 1000", 15, 2),
     "per-example": Plan("a weight for every example: the MLP, minibatch of 1000, scaled from a few examples", 5, 2),
     "kl": Plan("KL divergence with its gradient, as a share of the plain step of mlp-1000", 25, 3),
     "memory-4096": Plan("peak memory of a training step of the MLP, minibatch of 4096", 2, 1),
@@ -86,6 +87,9 @@ def _run(options: argparse.Namespace, say: Callable[[str], None]) -> list[Row]:
         if name == "per-example":
             if wanted(PER_EXAMPLE.name, quick=True):
                 rows += training_step.per_example(10 if options.quick else 50, rounds)
+        elif name == "layers":
+            noisy = [v for v in layers.LAYERS if wanted(v.name, v.quick)]
+            rows += layers.measure(noisy, rounds, warmup) if noisy else []
         elif name == "kl":
             if divergences:
                 rows += divergence.measure(divergences, rounds, warmup)
