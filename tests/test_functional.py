@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -209,6 +210,22 @@ def test_one_graph_for_all_rates(noise: str, backend: str) -> None:
             assert value == 0 or not torch.equal(compiled(), compiled())
 
 
+@every_noise
+def test_one_graph_for_all_sizes(noise: str) -> None:
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = torch.compile(lambda x: drop(x, 0.5, noise=noise), dynamic=True, fullgraph=True, backend="aot_eager")
+        for size in (5, 6, 7, 16):
+            y = compiled(torch.ones(2, 3, size, size + 1).to(memory_format=torch.channels_last))
+            assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_any_order_in_memory() -> None:
+    for order in itertools.permutations(range(4)):
+        x = torch.ones(2, 3, 4, 5).permute(order)
+        assert drop(x, 0.5).stride() == x.stride()
+
+
 def test_refusals() -> None:
     x = torch.ones(2, 3)
     with pytest.raises(ValueError, match=r"functional.drop: rate must be in \[0, 1\], got 1.5"):
@@ -219,6 +236,8 @@ def test_refusals() -> None:
         drop(x, math.nan)
     with pytest.raises(ValueError, match=r"rate must be a number or a 0-dim tensor, got shape \(3,\)"):
         drop(x, torch.tensor([0.1, 0.2, 0.3]))
+    with pytest.raises(ValueError, match="rate must not ask for a gradient, which Bernoulli noise cannot give"):
+        drop(x, torch.tensor(0.5, requires_grad=True))
     with pytest.raises(ValueError, match="noise must be 'bernoulli' or 'gaussian', got 'laplace'"):
         drop(x, 0.5, noise="laplace")
     with pytest.raises(TypeError, match=r"drop: x must be floating point or complex, got torch\.int64"):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +52,8 @@ def drop(
 
     Raises:
         TypeError: if x is neither floating point nor complex.
-        ValueError: for a number outside [0, 1] (Gaussian: [0, 1)), a tensor with dimensions, or an unknown noise.
+        ValueError: for a number outside [0, 1] (Gaussian: [0, 1)), a tensor with dimensions, one that asks for a
+            gradient that Bernoulli noise does not have, or an unknown noise.
         IndexError: for a dimension that x has not got.
 
     Example:
@@ -70,6 +72,11 @@ def drop(
         if rate.ndim:
             raise ValueError(
                 f"vardrop.functional.drop: rate must be a number or a 0-dim tensor, got shape {tuple(rate.shape)}"
+            )
+        if noise == "bernoulli" and rate.requires_grad:
+            raise ValueError(
+                "vardrop.functional.drop: rate must not ask for a gradient, which Bernoulli noise cannot give, got one "
+                "with requires_grad; use concrete, Gaussian noise, or rate.detach()"
             )
     elif not 0 <= rate <= 1 or (noise == "gaussian" and rate == 1):
         bounds = "[0, 1]" if noise == "bernoulli" else "[0, 1) for Gaussian noise"
@@ -149,7 +156,7 @@ def concrete(
         raise ValueError(f"vardrop.functional.concrete: temperature must be above 0, got {temperature}")
     wide = _wide(x)
     logit = rate_logit.to(wide)
-    u = torch.rand(_sizes(x, shared), dtype=wide, device=x.device, generator=generator)
+    u = torch.rand(_sizes(x, shared), dtype=wide, device=x.device, **_from(generator))
     z = torch.sigmoid((logit + torch.logit(u, eps=torch.finfo(wide).eps)) / temperature)
     return x * ((1 - z) / torch.sigmoid(-logit)).to(_real(x))
 
@@ -285,10 +292,9 @@ def _bernoulli(
     order = _order(x)
     stored = [sizes[axis] for axis in order]
     count = math.prod(stored)
-    words = torch.randint(-(1 << 63), (1 << 63) - 1, ((count + 3) // 4,), device=x.device, generator=generator)
+    words = torch.randint(-(1 << 63), (1 << 63) - 1, ((count + 3) // 4,), device=x.device, **_from(generator))
     bits = words.view(torch.int16)[:count].view(stored).permute(_inverse(order))
     if isinstance(rate, Tensor):
-        rate = rate.detach()
         level = (rate * _LEVELS).round().clamp(max=_LEVELS - 1)
         kept = (bits >= (level - _LEVELS // 2).to(torch.int16)).to(torch.uint8)
         return kept, torch.where(rate == 1, 0.0, _LEVELS / (_LEVELS - level.to(_wide(x))))
@@ -301,11 +307,16 @@ def _bernoulli(
 def _jitter(x: Tensor, std: float | Tensor, sizes: list[int], generator: torch.Generator | None) -> Tensor:
     """x times 1 + std · N(0, 1), in the memory order of x."""
     order = _order(x)
-    noise = torch.randn([sizes[axis] for axis in order], dtype=_real(x), device=x.device, generator=generator)
+    noise = torch.randn([sizes[axis] for axis in order], dtype=_real(x), device=x.device, **_from(generator))
     noise = noise.permute(_inverse(order))
     if isinstance(std, Tensor):
         return x * (1 + std.to(noise.dtype) * noise)
     return x * noise.mul_(std).add_(1)
+
+
+def _from(generator: torch.Generator | None) -> dict[str, Any]:
+    """The argument of a draw; left out where it is None, as torch knows no symbolic sizes with one."""
+    return {} if generator is None else {"generator": generator}
 
 
 def _real(x: Tensor) -> torch.dtype:
@@ -331,8 +342,16 @@ def _sizes(x: Tensor, shared: int | Sequence[int]) -> list[int]:
 
 def _order(x: Tensor) -> list[int]:
     """The dimensions of x from the outermost in memory to the innermost."""
+    if x.is_contiguous():
+        return list(range(x.ndim))
     strides = x.stride()
-    return sorted(range(x.ndim), key=lambda axis: -strides[axis])
+    order: list[int] = []
+    for axis in range(x.ndim):  # by insertion: a compiler with dynamic shapes can compare strides, but not sort by them
+        place = axis
+        while place and strides[order[place - 1]] < strides[axis]:
+            place -= 1
+        order.insert(place, axis)
+    return order
 
 
 def _inverse(order: list[int]) -> list[int]:
