@@ -131,7 +131,12 @@ class TestPageOfARun:
         from vardrop.cli import app
         from vardrop.training.config import Config
 
-        settings = dataclasses.asdict(Config()) | {"tensorboard": True, "sharing": "layer", "data_dir": "data"}
+        settings = dataclasses.asdict(Config()) | {
+            "tensorboard": True,
+            "sharing": "layer",
+            "data_dir": "data",
+            "warmup": 5,
+        }
         (run / "config.json").write_text(json.dumps(settings))
         given = {word for word in read(run).command.split() if word.startswith("--")}
         known = {option for parameter in get_command(app).commands["train"].params for option in parameter.opts}

@@ -256,7 +256,7 @@ def test_every_method_leaves_the_files_that_others_read(method, tmp_path):
     assert Config.read(tmp_path / "config.json") == config
     assert set(summary) == {
         "test_error", "test_nll", "kl", "rates", "seconds", "epochs_run", "best_epoch", "parameters", "config",
-        "versions", "device",
+        "versions", "device", "data", "test_examples",
     }  # fmt: skip
     learns = method not in ("none", "binary")
     random_layers = {"gaussian-a", "gaussian-b"} & {method}
@@ -311,6 +311,23 @@ def test_the_divergence_warms_up(tmp_path):
     steps = 13  # 1,294 rows stay for training
     expected = [min(1.0, (epoch * steps - 1) / (3 * steps)) for epoch in range(1, 6)]
     assert [line["kl_scale"] for line in lines(tmp_path)] == pytest.approx(expected)
+
+
+def test_no_epoch_of_the_warm_up_is_best_or_ends_training(tmp_path):
+    summary = train(changed(SMALL, epochs=8, warmup=5, patience=1), tmp_path, progress=False)
+    assert summary["best_epoch"] > 5
+    assert summary["epochs_run"] > 5
+
+
+def test_sparse_networks_warm_up_unless_told_otherwise(tmp_path):
+    sparse = changed(SMALL, method="sparse-vd")
+    assert sparse.warmup_epochs == METHODS["sparse-vd"].warmup == 30
+    assert changed(sparse, warmup=0).warmup_epochs == 0
+    assert SMALL.warmup_epochs == 0
+    train(changed(sparse, epochs=3), tmp_path, progress=False)
+    steps = math.ceil(1293 / SMALL.batch_size) * 30
+    scales = [line["kl_scale"] for line in lines(tmp_path)]
+    assert scales[0] < scales[1] < scales[2] < 3 * steps / 30 / steps + 1e-9
 
 
 def test_the_seed_decides_everything_and_the_callers_generator_is_left_alone(tmp_path):

@@ -93,7 +93,10 @@ def train(
     average: Annotated[
         float, typer.Option(help="Decay of the average over the weights of all steps; 0: none.")
     ] = Config.average,
-    warmup: Annotated[int, typer.Option(help="Epochs over which the KL grows to its full weight.")] = Config.warmup,
+    warmup: Annotated[
+        int | None,
+        typer.Option(help="Epochs over which the KL grows to its full weight; the method's own if left out."),
+    ] = Config.warmup,
     split: Annotated[int, typer.Option(help="Which train and test split, where the data have several.")] = Config.split,
     data_dir: Annotated[
         str | None, typer.Option(help="Look for data here first; then $VARDROP_DATA, ./data, the user's cache.")

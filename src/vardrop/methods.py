@@ -32,6 +32,7 @@ class Method:
         default_sharing: of learned rates, where the user has not chosen; None for methods that share nothing.
         sharings: what can be chosen.
         where: which modules get random weights.
+        warmup: epochs over which the weight of the divergence grows, where the user has not chosen.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Method:
     default_sharing: str | None = None
     sharings: tuple[str, ...] = ()
     where: Where = None
+    warmup: int = 0
 
 
 def _linear(module: nn.Module, name: str) -> bool:
@@ -106,6 +108,7 @@ METHODS: dict[str, Method] = {
             "sparse-vd",
             "sparse variational dropout: unbounded rates per weight",
             config=lambda _: SparseVariationalDropout(),
+            warmup=30,  # at full weight from the start it prunes everything before anything is learned
         ),
         Method("mean-field", "mean-field Gaussian weights, Gaussian prior", config=lambda _: GaussianPosterior()),
     )

@@ -67,7 +67,8 @@ class Run:
     @property
     def data(self) -> str:
         """Name of the data set; of a file, without its folders."""
-        data = str(self.config["data"])
+        told = (self.summary or {}).get("data")  # how the data set is called, which may say more than its option
+        data = str(told or self.config["data"])
         return Path(data).name if data.lower().endswith(".csv") else data
 
     @property

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vardrop.methods import METHODS
 from vardrop.weights.estimators import NAMES as ESTIMATORS
 
 ACCELERATORS = ("cpu", "gpu", "cuda", "mps", "auto")
@@ -35,7 +36,8 @@ class Config:
         validation: examples kept back to choose the epoch: a fraction below 1, or a number; 0 for none.
         patience: epochs without a better validation error before training ends; 0 never ends early.
         average: decay of the average over the weights of all steps, in [0, 1); 0 for none.
-        warmup: epochs over which the weight of the KL grows linearly to its full size.
+        warmup: epochs over which the weight of the KL grows linearly to its full size; None for the method's own
+            choice. No epoch before its end is held to be the best, or ends training.
         split: which of the predefined train and test splits, where a data set has several.
         accelerator: ``"cpu"``, ``"gpu"``, ``"cuda"``, ``"mps"`` or ``"auto"``.
         devices: how many; under torchrun its number of processes counts.
@@ -65,7 +67,7 @@ class Config:
     validation: float = 0.1
     patience: int = 20
     average: float = 0.999
-    warmup: int = 0
+    warmup: int | None = None
     split: int = 0
     accelerator: str = "cpu"
     devices: int = 1
@@ -78,7 +80,8 @@ class Config:
         for name in ("epochs", "batch_size", "devices"):
             self._require(getattr(self, name) >= 1, name, "at least 1")
         for name in ("seed", "patience", "warmup", "split"):
-            self._require(getattr(self, name) >= 0, name, "0 or more")
+            value = getattr(self, name)
+            self._require(value is None or value >= 0, name, "0 or more")
         self._require(0 < self.lr < math.inf, "lr", "positive and finite")
         whole = self.validation == int(self.validation) if math.isfinite(self.validation) else False
         self._require(
@@ -94,6 +97,12 @@ class Config:
     def _require(self, condition: bool, name: str, words: str) -> None:
         if not condition:
             raise ValueError(f"vardrop.training.Config: {name} must be {words}, got {getattr(self, name)!r}")
+
+    @property
+    def warmup_epochs(self) -> int:
+        """The warm-up that is asked for, or the method's own."""
+        method = METHODS.get(self.method)
+        return self.warmup if self.warmup is not None else method.warmup if method else 0
 
     def to_json(self) -> str:
         """All fields, readable."""

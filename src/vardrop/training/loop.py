@@ -139,7 +139,7 @@ class _Run:
         left = len(self.x) % config.batch_size  # a last batch that has no row for some process is left out
         self.rows = len(self.x) - (left if left < fabric.world_size else 0)
         self.starts = range(0, self.rows, config.batch_size)
-        self.elbo = ELBO(self.task.network, len(self.x), kl_scale, config.warmup * len(self.starts))
+        self.elbo = ELBO(self.task.network, len(self.x), kl_scale, config.warmup_epochs * len(self.starts))
         self.check_always = fabric.device.type == "cpu" and fabric.world_size == 1  # elsewhere it would wait for others
         seed_noise(config.seed, fabric.global_rank)
 
@@ -246,7 +246,9 @@ class _Run:
             scores = evaluate(self.model, self.task, self.val_x, self.val_y)
         scores = type(scores)(*self.fabric.broadcast(tuple(scores)))  # one decision for all processes
         key = (scores.mistake, scores.nll)
-        if progress.best is None or key < progress.best:
+        if progress.epoch <= self.config.warmup_epochs:  # of another objective: kept only for want of a better one
+            self._keep_as_best(None)
+        elif progress.best is None or key < progress.best:
             self._keep_as_best(key)
         return dict(zip(names, scores, strict=True))
 
@@ -282,11 +284,14 @@ class _Run:
         task = load_task(self.out, data).to(device)
         test_x, test_y = data.test_x.to(device, self.x.dtype), data.test_y.to(device)
         scores = evaluate(task, task, test_x, test_y)
-        write_tensors(self.out / EXAMPLES, telling_examples(task, test_x, test_y, data.images, seed=config.seed), {})
+        telling = telling_examples(task, test_x, test_y, data.images, seed=config.seed)
+        write_tensors(self.out / EXAMPLES, telling, {"classes": data.classes})
         random = any(True for _ in noisy_weights(task.network))
         with torch.no_grad():
             kl = kl_divergence(task.network).item() if random else 0.0
         summary = {
+            "data": data.name,
+            "test_examples": len(test_x),
             f"test_{measure(data.task)}": scores.mistake,
             "test_nll": scores.nll,
             "kl": kl,

@@ -69,4 +69,5 @@ def local_linear(
     flat = x.reshape(-1, x.shape[-1])
     shape = (*x.shape[:-1], len(theta))
     noise = torch.randn(shape, dtype=x.dtype, device=x.device, generator=generator).view(-1, len(theta))
-    return _LocalLinear.apply(flat, theta, log_alpha, bias, noise, bound).view(shape)
+    y = _LocalLinear.apply(flat, theta, log_alpha, bias, noise, bound)
+    return y if x.ndim == 2 else y.view(shape)  # FSDP does not like modules that return views
