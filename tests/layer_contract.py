@@ -23,17 +23,21 @@ class Layer:
         name: in the names of tests.
         make: rate -> layer.
         shape: of an input.
-        shared: axes along which a draw is shared; along all others draws are independent.
+        shared: axes along which a draw is shared.
+        dependent: axes along which draws depend on each other; along all others they are independent.
         call: how the layer is called, if not with its input alone.
         gaussian: whether the noise is Gaussian: then p = 1 is refused.
+        silent: whether nothing is drawn at rate 0.
     """
 
     name: str
     make: Callable[[Rate], Rated]
     shape: tuple[int, ...]
     shared: tuple[int, ...] = ()
+    dependent: tuple[int, ...] = ()
     call: Callable[..., Tensor] | None = None
     gaussian: bool = False
+    silent: bool = True
 
     def __repr__(self) -> str:
         return self.name
@@ -61,11 +65,15 @@ LAYERS = [
     Layer("dropout3d", layers.Dropout3d, (6, 5, 2, 3, 2), (2, 3, 4)),
     Layer("gaussian", layers.GaussianDropout, (6, 5, 4), gaussian=True),
     Layer("token", layers.TokenDropout, (6, 5, 4), (2,)),
-    Layer("token-by-type", lambda p: layers.TokenDropout(p, num_types=8), (6, 5, 4), (2,), _with_all_words),
+    Layer("token-by-type", lambda p: layers.TokenDropout(p, num_types=8), (6, 5, 4), (2,), call=_with_all_words),
     Layer("locked", layers.LockedDropout, (6, 3, 5), (1,)),
     Layer("locked-time-first", lambda p: layers.LockedDropout(p, dim=0), (3, 6, 5), (0,)),
     Layer("attention", layers.AttentionDropout, (3, 2, 5, 4)),
     Layer("head", layers.HeadDropout, (6, 5, 3, 2), (2, 3)),
     Layer("head-last", lambda p: layers.HeadDropout(p, dim=-2), (6, 3, 5, 2), (1, 3)),
-    Layer("residual", layers.ResidualDropout, (6, 5, 4), (), _with_residual),
+    Layer("drop-path", layers.DropPath, (30, 4, 3), (1, 2), silent=False),
+    Layer("drop-block1d", lambda p: layers.DropBlock1d(p, 3), (6, 5, 7), dependent=(2,), silent=False),
+    Layer("drop-block2d", lambda p: layers.DropBlock2d(p, 3), (6, 5, 5, 4), dependent=(2, 3), silent=False),
+    Layer("drop-block3d", lambda p: layers.DropBlock3d(p, 2), (6, 5, 3, 2, 3), dependent=(2, 3, 4), silent=False),
+    Layer("residual", layers.ResidualDropout, (6, 5, 4), call=_with_residual),
 ]
