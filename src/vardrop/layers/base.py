@@ -14,6 +14,19 @@ class Drop(Rated):
 
     Subclasses write :meth:`noise`, the layer in training. The noise comes from the ``generator`` that a call is given,
     else from that of the ``vd.estimator`` block around it, else from torch's default one.
+
+    Args:
+        p: the rate; see :class:`vardrop.rates.Rated`.
+
+    Example:
+        >>> import torch
+        >>> from vardrop import functional as F, layers
+        >>> class RowDropout(layers.Drop):  # one draw for all columns
+        ...     def noise(self, x, generator):
+        ...         return F.drop(x, self.rate, shared=-1, generator=generator)
+        >>> y = RowDropout(0.5)(torch.ones(4, 3))
+        >>> bool((y == y[:, :1]).all())
+        True
     """
 
     def __init__(self, p: Rate = 0.5) -> None:
