@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks import divergence, layers, memory, peers, table, training_step
+from benchmarks import blocks, divergence, layers, memory, peers, table, training_step
 from benchmarks.timing import Row
 from benchmarks.variants import HARDEST, OURS, PER_EXAMPLE
 
@@ -28,6 +28,8 @@ PLANS = {
     "mlp-1000": Plan("training step of the same MLP, minibatch of 1000", 11, 2),
     "cnn-100": Plan("training step of a small CNN on 3x32x32, minibatch of 100", 15, 2),
     "layers": Plan("training step of the same MLP with layers of activation noise, minibatch of 1000", 15, 2),
+    "drop-block": Plan("DropBlock, block 7, on a map (32, 64, 32, 32), forward and backward, against timm's", 11, 2),
+    "drop-path": Plan("training step of residual blocks with stochastic depth that skips, against without", 11, 2),
     "per-example": Plan("a weight for every example: the MLP, minibatch of 1000, scaled from a few examples", 5, 2),
     "kl": Plan("KL divergence with its gradient, as a share of the plain step of mlp-1000", 25, 3),
     "memory-4096": Plan("peak memory of a training step of the MLP, minibatch of 4096", 2, 1),
@@ -90,6 +92,9 @@ def _run(options: argparse.Namespace, say: Callable[[str], None]) -> list[Row]:
         elif name == "layers":
             noisy = [v for v in layers.LAYERS if wanted(v.name, v.quick)]
             rows += layers.measure(noisy, rounds, warmup) if noisy else []
+        elif name in ("drop-block", "drop-path"):
+            measure = blocks.drop_blocks if name == "drop-block" else blocks.stochastic_depth
+            rows += [row for row in measure(rounds, warmup) if wanted(row.variant, quick=True)]
         elif name == "kl":
             if divergences:
                 rows += divergence.measure(divergences, rounds, warmup)

@@ -17,7 +17,7 @@ import torch
 from benchmarks.timing import Row
 
 HEADER = ("benchmark", "variant", "ratio", "quartiles", "median", "rounds", "goal", "met")
-_LIBRARIES = ("vardrop", "bayesian-torch", "torchbnn", "blitz-bayesian-pytorch")
+_LIBRARIES = ("vardrop", "bayesian-torch", "torchbnn", "blitz-bayesian-pytorch", "timm")
 
 
 def _amount(row: Row) -> str:
