@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -139,6 +140,33 @@ def test_ranks() -> None:
     assert "independent across ranks" in check(bernoulli, gather=apart).z
     with pytest.raises(NoiseError, match="independent across ranks"):
         check(bernoulli, gather=lambda d: torch.stack([d, d]))
+
+
+def in_a_process(rank: int, folder: str) -> None:
+    """Check a layer whose noise differs between processes, then one whose seed is the same in all of them."""
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
+
+    def gather(d: Tensor) -> Tensor:
+        pieces = [torch.empty_like(d) for _ in range(2)]
+        torch.distributed.all_gather(pieces, d)
+        return torch.stack(pieces)
+
+    layer = vd.layers.Dropout(0.5)
+    torch.manual_seed(rank)
+    found = sorted(check_noise(layer, SHAPE, samples=100, gather=gather).failed)
+    torch.manual_seed(0)
+    try:
+        check_noise(layer, SHAPE, samples=100, gather=gather)
+    except NoiseError as error:
+        found += sorted(error.report.failed)
+    Path(folder, str(rank)).write_text(", ".join(found))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
+def test_ranks_of_two_processes(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(in_a_process, (str(tmp_path),), nprocs=2)
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["independent across ranks"] * 2
 
 
 def test_compiled_layers() -> None:
