@@ -38,7 +38,9 @@ def slope(u: mp.mpf) -> mp.mpf:
     return total
 
 
-def shared_fit(w: np.ndarray, targets: list[np.ndarray], terms: int, rounds: int = 60) -> tuple[float, list[np.ndarray]]:
+def shared_fit(
+    w: np.ndarray, targets: list[np.ndarray], terms: int, rounds: int = 60
+) -> tuple[float, list[np.ndarray]]:
     """Numerators, one a target, and their common denominator (constant term 1), with the worst relative error."""
     powers = np.vander(w, terms, increasing=True)
     weight, denominator = np.ones((len(targets), len(w))), np.eye(1, terms)[0]
