@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 
-import architectures
 import pytest
 import torch
 from torch import Tensor, nn
 
+import architectures
 import vardrop as vd
 
 TYPES = {

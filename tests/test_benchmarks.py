@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+
 from benchmarks import __main__ as command
 from benchmarks import divergence, memory, networks, peers, table, training_step
 from benchmarks.timing import Pair, Row, interleaved, summarise
 from benchmarks.variants import OURS, REFERENCE, Variant
-from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = networks.Workload(lambda: networks.mlp(8, 8), 4, (8,))

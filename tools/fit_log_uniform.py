@@ -72,6 +72,7 @@ def shared_fit(
 
 
 def main() -> None:
+    """Print the fits, ready to be copied."""
     grid = (1 - np.cos(np.pi * (np.arange(240) + 0.5) / 240)) / 2
     w = np.unique(np.concatenate([grid, np.geomspace(1e-10, 1e-3, 40)]))
     u = [(1 - mp.mpf(x)) / mp.mpf(x) for x in w]
