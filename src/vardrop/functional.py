@@ -129,8 +129,8 @@ def concrete(
     .. math:: z = \sigma\left(\frac{\mathrm{logit}\,p + \mathrm{logit}\,u}{t}\right), \; u \sim U(0, 1), \qquad
               y = x \frac{1 - z}{1 - p}
 
-    The noise is that of :func:`drop` as t → 0. At t = 0.1 its mean is 1 to within 0.2% for p up to 1/2 (1.2% too much at
-    0.9), and its variance a tenth below p / (1 − p).
+    The noise is that of :func:`drop` as t → 0. At t = 0.1 its mean is 1 to within 0.2% for p up to 1/2 (1.2% too much
+    at 0.9), and its variance a tenth below p / (1 − p).
 
     Args:
         x: floating point or complex; any shape.
