@@ -44,4 +44,4 @@ class Drop(Rated):
 
 def source(generator: torch.Generator | None) -> torch.Generator | None:
     """The generator that a layer draws from: the one it is given, or that of the estimator in force."""
-    return estimators._active.setting.generator if generator is None else generator
+    return estimators.current().generator if generator is None else generator

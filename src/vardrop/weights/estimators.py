@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vardrop.weights.linear_ops import LinearOp
+from vardrop.weights.linear_ops import Examples, LinearOp
 from vardrop.weights.noise import add_noise, normal, signs
 from vardrop.weights.per_example import per_example
 
@@ -111,8 +111,8 @@ def independent(op: LinearOp, weight: IndependentWeight) -> Tensor:
     if setting.name == "per_minibatch" or op.examples is None:
         return op.mean(weight.drawn())
     if setting.name == "per_example":
-        return per_example(op, weight.loc, weight.variance, setting.generator, setting.chunk)
-    return _flipout(op, weight.loc, weight.variance, setting.generator)
+        return per_example(op, op.examples, weight.loc, weight.variance, setting.generator, setting.chunk)
+    return _flipout(op, op.examples, weight.loc, weight.variance, setting.generator)
 
 
 def local(op: LinearOp, loc: Tensor, variance: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -133,15 +133,16 @@ def _example_shape(x: Tensor, example: int | None, kept: set[int]) -> list[int]:
     return [size if axis in keep else 1 for axis, size in enumerate(x.shape)]
 
 
-def _flipout(op: LinearOp, loc: Tensor, variance: Tensor, generator: torch.Generator | None) -> Tensor:
-    assert op.examples is not None  # noqa: S101 - `independent` has seen to it
+def _flipout(
+    op: LinearOp, examples: Examples, loc: Tensor, variance: Tensor, generator: torch.Generator | None
+) -> Tensor:
     mean = op.mean(loc)
     x, *others = op.inputs
     change = add_noise(torch.zeros_like(loc), variance, generator)
     if not op.indexed:
-        x = x * signs(_example_shape(x, op.examples[0], set(op.x_axes.values())), x, generator)
+        x = x * signs(_example_shape(x, examples[0], set(op.x_axes.values())), x, generator)
     noise = op.run((x, *others), change, False)
-    return mean + noise * signs(_example_shape(mean, op.examples[-1], set(op.y_axes.values())), mean, generator)
+    return mean + noise * signs(_example_shape(mean, examples[-1], set(op.y_axes.values())), mean, generator)
 
 
 def correlated(op: LinearOp, weight: CorrelatedWeight) -> Tensor:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from vardrop.weights.noise import square
 
+Examples = tuple[int | None, ...]
 Run = Callable[[tuple[Tensor, ...], Tensor, bool], Tensor]
 
 
@@ -42,7 +43,7 @@ class LinearOp:
     bias: Tensor | None = None
     x_axes: Mapping[int, int] = field(default_factory=dict)
     y_axes: Mapping[int, int] = field(default_factory=dict)
-    examples: tuple[int | None, ...] | None = None
+    examples: Examples | None = None
     indexed: bool = False
     function: Any = None
     each: Callable[[tuple[Tensor, ...], Tensor], Tensor] | None = None
@@ -60,7 +61,7 @@ class LinearOp:
         return self.run(inputs, v, False)
 
 
-def _examples(x: Tensor, plain_ndim: int, inputs: int = 1) -> tuple[int | None, ...] | None:
+def _examples(x: Tensor, plain_ndim: int, inputs: int = 1) -> Examples | None:
     """Axis 0 of everything, if x has one more axis than a single example would."""
     return (0,) * (inputs + 1) if x.ndim > plain_ndim else None
 
@@ -128,12 +129,12 @@ def _bilinear(input1: Tensor, input2: Tensor, weight: Any, bias: Tensor | None =
     return LinearOp(weight, (input1, input2), run, bias, {1: -1}, {0: -1}, _examples(input1, 1, inputs=2), each=each)
 
 
-def _right(x: Tensor, w: Any) -> tuple[dict[int, int], dict[int, int], tuple[int | None, ...] | None]:
+def _right(x: Tensor, w: Any) -> tuple[dict[int, int], dict[int, int], Examples | None]:
     """Axes of x @ w."""
     return {w.ndim - 2: -1}, {w.ndim - 1: -1}, _examples(x, 1 if w.ndim == 2 else w.ndim)
 
 
-def _left(w: Any, x: Tensor) -> tuple[dict[int, int], dict[int, int], tuple[int | None, ...] | None]:
+def _left(w: Any, x: Tensor) -> tuple[dict[int, int], dict[int, int], Examples | None]:
     """Axes of w @ x, where the columns of a matrix x are its examples."""
     axis = -1 if x.ndim == 1 else -2
     examples = (1, 1) if w.ndim == x.ndim == 2 else _examples(x, w.ndim)

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 
+class _Source(TypedDict, total=False):
+    generator: torch.Generator
+
+
+def _source(generator: torch.Generator | None) -> _Source:
+    """The keyword for torch's functions: given as None it would choose an overload without symbolic sizes."""
+    return {} if generator is None else {"generator": generator}
+
+
 def normal(shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Independent N(0, 1) values of the given shape, with the dtype and device of ``like``."""
-    return torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
+    return torch.randn(shape, dtype=like.dtype, device=like.device, **_source(generator))
 
 
 def signs(shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Independent values of the given shape, +1 or -1 with equal probability."""
-    bits = torch.randint(0, 2, tuple(shape), dtype=like.dtype, device=like.device, generator=generator)
+    bits = torch.randint(0, 2, tuple(shape), dtype=like.dtype, device=like.device, **_source(generator))
     return bits.mul_(2).sub_(1)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vardrop.weights.linear_ops import LinearOp
+from vardrop.weights.linear_ops import Examples, LinearOp
 from vardrop.weights.noise import add_noise
 
 _AT_ONCE = 1 << 20  # entries of sampled weights held at once: about what the cache of a CPU holds
@@ -21,10 +21,15 @@ Inputs = tuple[Tensor, ...]
 
 
 def per_example(
-    op: LinearOp, loc: Tensor, variance: Tensor, generator: torch.Generator | None, chunk: int | None
+    op: LinearOp,
+    examples: Examples,
+    loc: Tensor,
+    variance: Tensor,
+    generator: torch.Generator | None,
+    chunk: int | None,
 ) -> Tensor:
     """y for a fresh weight of N(loc, variance) for every example; ``chunk`` examples at once, None to choose."""
-    walk = _Walk(op, chunk or max(1, _AT_ONCE // max(1, loc.numel())))
+    walk = _Walk(op, examples, chunk or max(1, _AT_ONCE // max(1, loc.numel())))
     if walk.in_one or not torch.is_grad_enabled() or _cannot_recompute():
         y = walk.run(op.inputs, loc, variance, generator)
     else:
@@ -42,11 +47,9 @@ def _cannot_recompute() -> bool:
 class _Walk:
     """The chunks of an operation's examples, and what is done with one."""
 
-    def __init__(self, op: LinearOp, chunk: int) -> None:
-        if op.examples is None:
-            raise ValueError("vardrop: per_example needs an operation with examples, got a single one")
+    def __init__(self, op: LinearOp, examples: Examples, chunk: int) -> None:
         self.op, self.chunk = op, chunk
-        *self.axes, y_axis = op.examples
+        *self.axes, y_axis = examples
         self.y_axis = y_axis or 0
         self.first = next(axis for axis in self.axes if axis is not None)
         self.total = op.inputs[0].shape[self.first]
