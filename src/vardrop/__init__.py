@@ -4,6 +4,8 @@ from vardrop import functional, kl, layers, rates, testing
 from vardrop.convert import Report, convert_, restore_
 from vardrop.gradient import gradient_variance
 from vardrop.objective import ELBO, dropout_rates, kl_divergence
+from vardrop.replace import replace_dropout_
+from vardrop.set_rates import set_rates_
 from vardrop.weights.additive import GaussianPosterior, SparseVariationalDropout
 from vardrop.weights.estimators import estimator
 from vardrop.weights.modules import register_layer
@@ -29,6 +31,8 @@ __all__ = [
     "layers",
     "rates",
     "register_layer",
+    "replace_dropout_",
     "restore_",
+    "set_rates_",
     "testing",
 ]

@@ -1,0 +1,91 @@
+"""The dropout rates in the config of a Hugging Face model, which a saved model is built from again."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from vardrop.roles import Site, is_rate
+
+# Fields of a Hugging Face config: whose rate each is. A field of _GENERAL is that of all its roles for which the config
+# has no field of their own.
+_FIELDS = {
+    "attention": r"(attention|attn)(_probs)?_(p?drop|dropout)(_prob|_rate)?",
+    "residual": r"(resid|residual)_(p?drop|dropout)",
+    "embedding": r"(embd?|embed|embedding)_(p?drop|dropout)",
+    "hidden": r"(activation|ffn?|intermediate)_dropout",
+    "head": r"(classifier|final|head|pooler|seq_classif|qa|summary_first|summary_last)_dropout(_prob|_rate)?",
+    "path": r"drop_path_rate|((en|de)coder_)?layerdrop",
+}
+_GENERAL = {
+    r"dropout(_rate|_prob)?": ("attention", "residual", "embedding", "hidden", "head"),
+    r"hidden_dropout(_prob|_rate)?": ("residual", "embedding", "hidden", "head"),
+}
+
+
+class Place(NamedTuple):
+    """A field of a config: of which module, and whose rate it is."""
+
+    module: str
+    config: Any
+    field: str
+    governed: set[str]
+
+    @property
+    def name(self) -> str:
+        """As reports call it."""
+        return ".".join(filter(None, [self.module, "config", self.field]))
+
+    @property
+    def rate(self) -> float:
+        """The rate that it says."""
+        return float(getattr(self.config, self.field))
+
+
+def find(model: nn.Module, asked: set[str]) -> Iterator[Place]:
+    """The fields that are rates of roles that are asked for."""
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        config = getattr(module, "config", None)
+        if config is None or id(config) in seen or not callable(getattr(config, "to_dict", None)):
+            continue
+        seen.add(id(config))
+        fields = [field for field, value in vars(config).items() if "drop" in field and is_rate(value)]
+        own = {field: role for role, pattern in _FIELDS.items() for field in fields if re.fullmatch(pattern, field)}
+        for field in fields:
+            wide = next((some for pattern, some in _GENERAL.items() if re.fullmatch(pattern, field)), ())
+            governed = {own[field]} if field in own else set(wide) - set(own.values())
+            if governed & asked:
+                yield Place(name, config, field, governed)
+
+
+def common_rate(place: Place, sites: list[Site], wanted: Mapping[str, float]) -> float | str:
+    """The rate that all dropouts now have that a field stands for, or why there is none, in a sentence."""
+    prefix = f"{place.module}." if place.module else ""
+    mine = [site for site in sites if site.role in place.governed and site.name.startswith(prefix)]
+    if "path" in place.governed:
+        mine = [site for site in mine if ("layerdrop" in site.name) == ("layerdrop" in place.field)]
+    if not mine:  # the model may read the field in a forward, as some do
+        rates = {rate for role, rate in wanted.items() if role in place.governed}
+    elif place.field == "drop_path_rate":
+        return _last_of_linear({site.layer: site.rate for site in mine})
+    else:
+        rates = {site.rate for site in mine}
+    if not rates:
+        return "stands for a rate that is now a function of the layer"
+    if not math.isclose(min(rates), max(rates), abs_tol=1e-6):
+        return f"stands for rates that now differ ({', '.join(f'{rate:g}' for rate in sorted(rates))})"
+    return max(rates)
+
+
+def _last_of_linear(of_layer: dict[str, float]) -> float | str:
+    """The rate of the last layer, if they are those that a model builds from it: linear, from 0 on."""
+    rates = list(of_layer.values())
+    built = [rates[-1] * index / max(1, len(rates) - 1) for index in range(len(rates))]
+    if all(math.isclose(rate, other, abs_tol=1e-6) for rate, other in zip(rates, built, strict=True)):
+        return round(rates[-1], 7)  # a rate that is a float32 buffer has odd digits
+    return "stands for rates that grow linearly from 0 with depth, which those of the model now do not"
