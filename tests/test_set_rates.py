@@ -52,10 +52,26 @@ def beit() -> tuple[nn.Module, tuple[Any, ...]]:
     return BeitForImageClassification(config), (torch.randn(2, 3, 16, 16),)
 
 
+def dinov2() -> tuple[nn.Module, tuple[Any, ...]]:
+    from transformers import Dinov2Config, Dinov2ForImageClassification
+
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=14, mlp_ratio=2
+    )
+    return Dinov2ForImageClassification(config), (torch.randn(2, 3, 28, 28),)
+
+
+def bloom() -> tuple[nn.Module, tuple[Any, ...]]:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    config = BloomConfig(vocab_size=50, hidden_size=16, n_layer=2, n_head=2)
+    return BloomForCausalLM(config), (torch.randint(3, 50, (2, 6)),)
+
+
 BUILD: dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...]]]] = {
-    build.__name__: build for build in (encoder_layer, lstm, mlp, bart, beit)
+    build.__name__: build for build in (encoder_layer, lstm, mlp, bart, beit, dinov2, bloom)
 }
-TRANSFORMERS = ["bert", "gpt2", "vit", "t5", "llama", "bart", "beit"]
+TRANSFORMERS = ["bert", "gpt2", "vit", "t5", "llama", "bart", "beit", "dinov2", "bloom"]
 IMAGES = ["vit_tiny_patch16_224", "convnext_atto", "efficientnet_b0", "densenet121", "swin_tiny_patch4_window7_224"]
 BUILD |= {name: architectures.ALL[name] for name in ["transformer", *TRANSFORMERS[:5], *IMAGES]}
 HAS = {
@@ -70,6 +86,7 @@ HAS = {
     "llama": "attention",
     "bart": "attention residual embedding hidden path",
     "beit": "attention residual embedding path",
+    "bloom": "attention residual",
     "vit_tiny_patch16_224": "attention residual embedding hidden head path",
     "convnext_atto": "residual hidden head path",
     "efficientnet_b0": "head path",
@@ -228,6 +245,7 @@ def test_a_model_built_from_the_saved_config_has_the_same_rates(name: str) -> No
     report = vd.set_rates_(model, **rate, attention=0.25 if name == "t5" else 0.35, path=linear)
     assert any("config" in key for key in report.set)
     assert report.skipped == {}
+    assert report.not_judged == []
     again = type(model)(type(model.config).from_dict(model.config.to_dict()))
     ours, theirs = rates_of(model), rates_of(again)
     assert {key: rate for key, rate in ours.items() if rate} == pytest.approx(
@@ -247,6 +265,14 @@ def test_a_field_without_one_rate_is_left_and_told() -> None:
     model, _ = build("gpt2")
     report = vd.set_rates_(model, attention=0.1, head=lambda i, n: 0.1)
     assert "a function of the layer" in report.skipped["config.summary_first_dropout"]
+
+
+def test_a_field_that_is_not_understood_is_listed() -> None:
+    model, _ = build("bert")
+    model.config.some_drop_share = 0.1
+    report = vd.set_rates_(model, residual=0.2)
+    assert report.not_judged == ["config.some_drop_share"]
+    assert model.config.some_drop_share == 0.1
 
 
 # --- what is left alone, and errors -----------------------------------------------------------------------------

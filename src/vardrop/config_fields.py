@@ -17,7 +17,7 @@ _FIELDS = {
     "attention": r"(attention|attn)(_probs)?_(p?drop|dropout)(_prob|_rate)?",
     "residual": r"(resid|residual)_(p?drop|dropout)",
     "embedding": r"(embd?|embed|embedding)_(p?drop|dropout)",
-    "hidden": r"(activation|ffn?|intermediate)_dropout",
+    "hidden": r"(activation|ffn?|intermediate|feat_proj)_dropout",
     "head": r"(classifier|final|head|pooler|seq_classif|qa|summary_first|summary_last)_dropout(_prob|_rate)?",
     "path": r"drop_path_rate|((en|de)coder_)?layerdrop",
 }
@@ -25,6 +25,9 @@ _GENERAL = {
     r"dropout(_rate|_prob)?": ("attention", "residual", "embedding", "hidden", "head"),
     r"hidden_dropout(_prob|_rate)?": ("residual", "embedding", "hidden", "head"),
 }
+# Holders of DropPaths that all have the rate of the config. In other models it is that of the last layer, and the rates
+# grow linearly from 0.
+_CONSTANT_PATH = r"(Dinov2|Dinov3|Eomt|Pixio|Radio|RfDetr|Sapiens2|Tipsv2|Videomt|XCLIP)\w*"
 
 
 class Place(NamedTuple):
@@ -46,8 +49,8 @@ class Place(NamedTuple):
         return float(getattr(self.config, self.field))
 
 
-def find(model: nn.Module, asked: set[str]) -> Iterator[Place]:
-    """The fields that are rates of roles that are asked for."""
+def places(model: nn.Module) -> Iterator[Place]:
+    """The fields of all configs in a model that are dropout rates; those that are not understood govern nothing."""
     seen: set[int] = set()
     for name, module in model.named_modules():
         config = getattr(module, "config", None)
@@ -57,10 +60,13 @@ def find(model: nn.Module, asked: set[str]) -> Iterator[Place]:
         fields = [field for field, value in vars(config).items() if "drop" in field and is_rate(value)]
         own = {field: role for role, pattern in _FIELDS.items() for field in fields if re.fullmatch(pattern, field)}
         for field in fields:
-            wide = next((some for pattern, some in _GENERAL.items() if re.fullmatch(pattern, field)), ())
-            governed = {own[field]} if field in own else set(wide) - set(own.values())
-            if governed & asked:
-                yield Place(name, config, field, governed)
+            wide = next((some for pattern, some in _GENERAL.items() if re.fullmatch(pattern, field)), None)
+            if field in own:
+                yield Place(name, config, field, {own[field]})
+            elif wide is None:
+                yield Place(name, config, field, set())
+            elif rest := set(wide) - set(own.values()):
+                yield Place(name, config, field, rest)
 
 
 def common_rate(place: Place, sites: list[Site], wanted: Mapping[str, float]) -> float | str:
@@ -71,7 +77,7 @@ def common_rate(place: Place, sites: list[Site], wanted: Mapping[str, float]) ->
         mine = [site for site in mine if ("layerdrop" in site.name) == ("layerdrop" in place.field)]
     if not mine:  # the model may read the field in a forward, as some do
         rates = {rate for role, rate in wanted.items() if role in place.governed}
-    elif place.field == "drop_path_rate":
+    elif place.field == "drop_path_rate" and not re.match(_CONSTANT_PATH, type(mine[0].holder).__name__):
         return _last_of_linear({site.layer: site.rate for site in mine})
     else:
         rates = {site.rate for site in mine}
@@ -79,7 +85,7 @@ def common_rate(place: Place, sites: list[Site], wanted: Mapping[str, float]) ->
         return "stands for a rate that is now a function of the layer"
     if not math.isclose(min(rates), max(rates), abs_tol=1e-6):
         return f"stands for rates that now differ ({', '.join(f'{rate:g}' for rate in sorted(rates))})"
-    return max(rates)
+    return round(max(rates), 7)  # a rate that is a float32 buffer has odd digits
 
 
 def _last_of_linear(of_layer: dict[str, float]) -> float | str:
@@ -87,5 +93,5 @@ def _last_of_linear(of_layer: dict[str, float]) -> float | str:
     rates = list(of_layer.values())
     built = [rates[-1] * index / max(1, len(rates) - 1) for index in range(len(rates))]
     if all(math.isclose(rate, other, abs_tol=1e-6) for rate, other in zip(rates, built, strict=True)):
-        return round(rates[-1], 7)  # a rate that is a float32 buffer has odd digits
+        return round(rates[-1], 7)
     return "stands for rates that grow linearly from 0 with depth, which those of the model now do not"

@@ -57,7 +57,7 @@ TABLE = (
     Row("residual", ANY, ANY, rf"(proj|out|output|resid|residual|resid_\w+|post_\w+|\w+_attn)_?{DROP}"),
     Row("hidden", ANY, ANY, rf"(activation|ffn?|intermediate|mlp)_?{DROP}"),
     Row("head", ANY, ANY, rf"(\w*head|classifier|cls|pre_logits)(_|\.){DROP}"),
-    Row("head", ANY, ANY, rf"(final|first|last|pooler|seq_classif|qa)_{DROP}"),
+    Row("head", ANY, ANY, rf"(final|first|last|pooler|seq_classif|qa)(_|\.){DROP}"),
     Row("head", ANY, "Sequential", r"classifier\.\d+"),  # torchvision
     # PyTorch
     Row("attention", "number", "MultiheadAttention", "dropout"),
@@ -76,12 +76,14 @@ TABLE = (
     Row(None, ANY, r"\w*(Attention|Head)", "dropout"),  # of the weights or of the output
     Row("residual", ANY, r"GPT\w*MLP|FFN", "dropout"),  # behind the second layer
     Row("hidden", ANY, r"\w*(MLP|FeedForward|DenseActDense|DenseGatedActDense)", "dropout"),
+    Row("residual", "number", r"\w+(Attention|MLP)", "hidden_dropout"),  # BLOOM
     Row("residual", ANY, r"\w+(Output|Layer|Block)", "(hidden_)?dropout"),  # BERT, ViT, BART
     Row("head", ANY, r"\w+For[A-Z]\w+", "drop(out)?"),
     Row("embedding", ANY, r"\w*(Embeddings?|Positional\w*)", "drop(out)?"),
     Row("embedding", ANY, r"\w+Model", "drop(out)?"),  # GPT-2
     Row("embedding", ANY, r"\w+Stack", "dropout"),  # T5; its last norm's output too
     Row("embedding", "number", r"\w+(Encoder|Decoder)", "dropout"),  # BART
+    Row("embedding", ANY, r"Wav2Vec2Encoder\w*", "dropout"),
     # networks of one's own
     Row("hidden", r"\w*Dropout\w*", "Sequential|ModuleList|", r"(\w*?\d+)?"),
     Row("hidden", "(?!number|None|Identity).*", ANY, r"drop(out)?_?\d*"),

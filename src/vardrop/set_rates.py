@@ -38,7 +38,7 @@ class RatesReport:
         set: name -> its rate before and now, for modules, numbers and fields of configs (``config.attn_pdrop``).
         missing: role that was asked for -> why nothing was set.
         skipped: name -> reason, in a sentence, for what has a role that was asked for.
-        not_judged: names of dropouts whose role is not known; they keep their rates.
+        not_judged: names of dropouts, and of fields of configs, whose role is not known; they keep their rates.
     """
 
     set: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -138,7 +138,8 @@ def set_rates_(
     report = RatesReport(not_judged=[site.name for site in found if site.role is None and site.owner is not None])
     report.not_judged += roles.unknown(model)
     plan = list(_plan(found, asked, report))
-    fields = list(config_fields.find(model, set(asked)))
+    fields = [place for place in config_fields.places(model) if place.governed & set(asked)]
+    report.not_judged += [place.name for place in config_fields.places(model) if not place.governed]
     for role, rate in asked.items():
         if role not in {site.role for site, _ in plan} and (role in named or callable(rate) or rate > 0):
             mine = [site.name for site in found if site.role == role]
