@@ -145,6 +145,23 @@ def test_roles_are_told_apart_in_bert() -> None:
     }
 
 
+def test_roles_are_told_apart_in_torchvision() -> None:
+    from torchvision.models import SwinTransformer, VisionTransformer
+
+    vit = VisionTransformer(image_size=16, patch_size=8, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=24)
+    by_role = {"attention": 0.1, "residual": 0.2, "embedding": 0.3, "hidden": 0.4}
+    vd.set_rates_(vit, **by_role)
+    layer = "encoder.layers.encoder_layer_0"
+    expected = {"encoder.dropout": 0.3, f"{layer}.self_attention.dropout": 0.1, f"{layer}.dropout": 0.2}
+    expected |= {f"{layer}.mlp.2": 0.4, f"{layer}.mlp.4": 0.2}
+    assert expected.items() <= rates_of(vit).items()
+
+    swin = SwinTransformer([4, 4], 8, [2], [2], [2, 2])
+    vd.set_rates_(swin, **by_role, path=0.5)
+    part = {"attn.attention_dropout": 0.1, "attn.dropout": 0.2, "stochastic_depth": 0.5, "mlp.2": 0.4, "mlp.4": 0.2}
+    assert rates_of(swin) == {f"features.1.{i}.{name}": rate for i in range(2) for name, rate in part.items()}
+
+
 def test_block_sets_dropblock() -> None:
     import timm
 

@@ -58,8 +58,12 @@ TABLE = (
     Row("hidden", ANY, ANY, rf"(activation|ffn?|intermediate|mlp)_?{DROP}"),
     Row("head", ANY, ANY, rf"(\w*head|classifier|cls|pre_logits)(_|\.){DROP}"),
     Row("head", ANY, ANY, rf"(final|first|last|pooler|seq_classif|qa)(_|\.){DROP}"),
-    Row("head", ANY, "Sequential", r"classifier\.\d+"),  # torchvision
-    # PyTorch
+    # PyTorch and torchvision
+    Row("head", ANY, "Sequential", r"classifier\.\d+"),
+    Row("hidden", ANY, "MLP|MLPBlock", r"mlp\.2"),
+    Row("residual", ANY, "MLP|MLPBlock", r"mlp\.4"),
+    Row("residual", "number", r"ShiftedWindowAttention\w*", "dropout"),
+    Row("embedding", ANY, "(En|De)coder", "dropout"),
     Row("attention", "number", "MultiheadAttention", "dropout"),
     Row("residual", ANY, "Transformer(En|De)coderLayer", r"dropout\d"),
     Row("hidden", ANY, "Transformer(En|De)coderLayer", "dropout"),
@@ -67,8 +71,8 @@ TABLE = (
     # timm
     Row("hidden", ANY, r"\w*Mlp", "drop1?"),
     Row("residual", ANY, r"\w*Mlp", "drop2"),
-    Row("head", "number", r"(?!DenseLayer)\w+", "^drop_rate"),
-    Row("hidden", "number", "DenseLayer", "drop_rate"),
+    Row("head", "number", r"(?!_?DenseLayer)\w+", "^drop_rate"),
+    Row("hidden", "number", "_?DenseLayer", "drop_rate"),
     # transformers
     Row("residual", ANY, r"\w+Layer(Self|Cross)Attention|\w+LayerFF", "dropout"),  # T5
     Row("attention", ANY, r"\w*(Self|Cross)Attention", "dropout"),  # BERT
