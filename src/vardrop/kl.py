@@ -50,6 +50,7 @@ _FITS = {
                135405.702556, 211509.075222, 85445.6248507),
     ),
 }  # fmt: skip
+_LOWEST = {torch.float32: -87.0, torch.float64: -707.0}  # of log alpha, for which u is a number
 _BLOCK = {"cpu": 1 << 18, "other": 1 << 22}  # entries worked on at once: a CPU wants them in its cache
 
 
@@ -60,20 +61,32 @@ def _polynomial(powers: list[Tensor], coefficients: tuple[float, ...], out: Tens
     return out
 
 
+def _range(log_alpha: Tensor) -> tuple[float, float]:
+    """Bounds of the entries: on a CPU the least and the greatest, elsewhere none, so as not to wait for them."""
+    if log_alpha.device.type != "cpu" or torch.compiler.is_compiling():
+        return -math.inf, math.inf
+    smallest, largest = log_alpha.aminmax()
+    return smallest.item(), largest.item()
+
+
 def _exact_into(value: Tensor, slope: Tensor, log_alpha: Tensor, bound: float, work: Tensor) -> None:
     """Fill in value and slope; the rows of ``work`` hold what is between."""
-    fit = _FITS[log_alpha.dtype]
+    fit, lowest = _FITS[log_alpha.dtype], _LOWEST[log_alpha.dtype]
+    smallest, largest = _range(log_alpha)
     z, s, below, *powers = (row[: log_alpha.numel()] for row in work)
-    torch.clamp(log_alpha, max=bound, out=z).add_(math.log(2.0))
+    torch.clamp(log_alpha, min=lowest, max=bound, out=z).add_(math.log(2.0))
     torch.sigmoid(z, out=powers[0])  # w, w^2, ...: shared by the three polynomials
     for lower, power in pairwise(powers):
         torch.mul(lower, powers[0], out=power)
     torch.sigmoid(z.neg_(), out=s)  # not 1 - w, which has no digits left where alpha is large
+    log_1_plus_u = torch.div(s, powers[0], out=z).log1p_()
     s.div_(_polynomial(powers, fit.below, out=below))
     _polynomial(powers, fit.slope, out=slope).mul_(s).neg_()
     _polynomial(powers, fit.value, out=value).mul_(s)
-    value.add_(torch.ops.aten.softplus.out(z, out=below), alpha=0.5)
-    if bound < math.inf:
+    value.add_(log_1_plus_u, alpha=0.5)
+    if not smallest >= lowest:  # where u has no number, KL is linear in log alpha; true of NaN as well
+        value.add_(torch.sub(lowest, log_alpha).clamp_(min=0), alpha=0.5)
+    if bound < math.inf and not largest < bound - 1e-6:
         slope.sub_(outward(slope, log_alpha, bound, out=below))
 
 
