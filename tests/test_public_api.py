@@ -71,3 +71,8 @@ def test_the_version_is_that_of_the_distribution() -> None:
 def test_every_file_says_what_it_is(file: Path) -> None:
     tree = ast.parse(file.read_text(encoding="utf-8"))
     assert not tree.body or ast.get_docstring(tree)
+
+
+def test_the_map_of_names_has_them_all() -> None:
+    listed = (Path(__file__).resolve().parents[1] / "docs" / "api.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `vd\.(\w+)` \|", listed, re.M)) == set(vd.__all__)
