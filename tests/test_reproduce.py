@@ -172,7 +172,10 @@ def test_a_full_disk_is_one_error_and_loses_nothing(counter, tmp_path, monkeypat
     failed = call("run", "count", "--scale", "smoke", "--results", tmp_path, "--again")
     assert failed.exit_code == 2
     assert "cannot be written (No space left on device)" in failed.output
-    assert "free some space or choose another place with --results, and run again: finished cells are kept" in failed.output
+    assert (
+        "free some space or choose another place with --results, and run again: finished cells are kept"
+        in failed.output
+    )
     assert "Traceback" not in failed.output
     assert cell.path(tmp_path).read_text() == before
     assert [path.name for path in cell.path(tmp_path).parent.iterdir()] == [cell.path(tmp_path).name]
