@@ -202,7 +202,9 @@ def demo(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # steps this small gain nothing by more, and lose much where other programs compute too
     try:
-        for method in methods:
+        for (
+            method
+        ) in methods:  # width and learning rate: of four pairs the best on validation data, for each of the three
             config = Config(data="digits", model="mlp:2x256", method=method, epochs=epochs, lr=3e-3, average=0.99)
             summaries[method] = run(config, out / method, resume=True)
             write(out / method)
