@@ -11,8 +11,9 @@ from torch import nn
 from vardrop import config_fields, roles
 from vardrop.convert import _PLAIN_RATE
 from vardrop.layers.droppath import DropPath
-from vardrop.rates import Rated, _checked
+from vardrop.rates import Rated
 from vardrop.roles import Site
+from vardrop.schedules import checked_rate
 
 RateOfLayer = float | Callable[[int, int], float]
 
@@ -132,7 +133,7 @@ def set_rates_(
         )
     for role, rate in asked.items():
         if not callable(rate):
-            _checked(rate, f"set_rates_({role}=)")
+            checked_rate(rate, f"set_rates_({role}=)")
 
     found = roles.sites(model)
     report = RatesReport(not_judged=[site.name for site in found if site.role is None and site.owner is not None])
@@ -179,7 +180,7 @@ def _plan(found: list[Site], asked: dict[str, RateOfLayer], report: RatesReport)
         layers = list(dict.fromkeys(site.layer for site in chosen))
         for site in chosen:
             new = rate(layers.index(site.layer), len(layers)) if callable(rate) else rate
-            new = _checked(new, f"set_rates_({role}=)", one=getattr(site.owner, "one", True))
+            new = checked_rate(new, f"set_rates_({role}=)", one=getattr(site.owner, "one", True))
             reason = _why_not(site, new)
             if reason is None:
                 yield site, new

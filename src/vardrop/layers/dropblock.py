@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from vardrop.layers.base import Drop
-from vardrop.rates import Rate, _checked
+from vardrop.rates import Rate
+from vardrop.schedules import checked_rate
 
 __all__ = ["DropBlock1d", "DropBlock2d", "DropBlock3d", "drop_block"]
 
@@ -200,7 +201,7 @@ def drop_block(
         raise TypeError(f"vardrop.drop_block: x must be of a floating-point or complex type, got {x.dtype}")
     _checked_choices(seeds, rescale, "drop_block")
     block = _checked_block(block_size, x.ndim - 2, "drop_block")
-    value = rate.detach() if isinstance(rate, Tensor) else torch.tensor(_checked(rate, "drop_block"))
+    value = rate.detach() if isinstance(rate, Tensor) else torch.tensor(checked_rate(rate, "drop_block"))
     if x.numel() == 0:
         return x
     p = value.to(x.device, _wide(x.device))

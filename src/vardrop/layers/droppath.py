@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from vardrop.layers.base import Drop, source
-from vardrop.rates import Rate, Rated, _checked
+from vardrop.rates import Rate, Rated
+from vardrop.schedules import checked_rate
 
 __all__ = ["DropPath", "LayerDrop", "StochasticDepth", "drop_path", "every_other", "survival_rates"]
 
@@ -72,7 +73,7 @@ def drop_path(
         raise ValueError("vardrop.drop_path: x must have a batch dimension, got a number")
     if not (x.is_floating_point() or x.is_complex()):
         raise TypeError(f"vardrop.drop_path: x must be of a floating-point or complex type, got {x.dtype}")
-    p = rate.detach() if isinstance(rate, Tensor) else torch.tensor(_checked(rate, "drop_path"))
+    p = rate.detach() if isinstance(rate, Tensor) else torch.tensor(checked_rate(rate, "drop_path"))
     noise = _kept(x.shape[0] if mode == "row" else 1, p, x.device, generator).to(x.real.dtype)
     if scaling == "inverted":
         noise = noise * _inverse(1 - p.to(noise.device)).to(noise.dtype)
