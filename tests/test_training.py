@@ -207,6 +207,22 @@ def test_telling_examples_are_drawn_with_noise_that_disturbs_nobody():
     assert not any(module.training for module in network.modules())
 
 
+def test_the_uncertain_ones_are_looked_for_among_some_of_a_large_test_set(monkeypatch):
+    from vardrop.training import evaluation
+
+    monkeypatch.setattr(evaluation, "_LOOKED_AT", 20)
+    network, _, _ = prepare("vd-a", "mlp:1x8", (1, 8, 8), 10)
+    x, y = torch.rand(300, 1, 8, 8), torch.randint(10, (300,))
+    found = telling_examples(Task(network, Categorical()), x, y, images=False, each=16, seed=1)
+    uncertain = found["features"][found["kind"] == 1]
+    rows = [int((x == row).flatten(1).all(1).nonzero()) for row in uncertain]
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        drawn = torch.randperm(300)[:20].tolist()
+    assert len(set(rows)) == 16
+    assert set(rows) <= set(drawn)
+
+
 def test_telling_examples_of_numbers():
     y = torch.tensor([0.0, 1.0, 2.0, 10.0])
     x = torch.tensor([[0.0], [0.1], [0.2], [0.0]])

@@ -30,8 +30,8 @@ _GROUPS = {
     (False, 1): (
         "Most uncertain",
         "entropy",
-        "The test examples with the highest entropy of the predicted classes, in nats: the network is least sure what "
-        "they are.",
+        "The test examples with the highest entropy of the predicted classes, in nats, among at most 2000 drawn at "
+        "random: the network is least sure what they are.",
     ),
     (True, 0): (
         "Furthest off",
@@ -42,8 +42,8 @@ _GROUPS = {
     (True, 1): (
         "Most uncertain",
         "spread",
-        "The test examples whose prediction varies most when the noise is on: its standard deviation, in the units of "
-        "the target.",
+        "The test examples, among at most 2000 drawn at random, whose prediction varies most when the noise is on: its "
+        "standard deviation, in the units of the target.",
     ),
 }
 

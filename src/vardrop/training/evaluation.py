@@ -22,6 +22,9 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 BINS = 100  # of a histogram of rates, over [0, 1]
 WORST, UNCERTAIN = 0, 1  # kinds of examples
 _AT_ONCE = 1024  # examples of one forward pass
+_LOOKED_AT = (
+    2000  # examples that are passed many times to find the uncertain ones: all of a large test set takes minutes
+)
 _RATES_AT_MOST = 1_000_000  # of one weight whose quantiles are taken; beyond, every k-th
 
 
@@ -117,8 +120,9 @@ def telling_examples(
         y: ``[N]``.
         images: whether x holds images.
         each: how many of each kind.
-        passes: stochastic forward passes over which predictions are averaged; one for a model without noise.
-        seed: of their noise. Torch's global generators are left as they were.
+        passes: stochastic forward passes that a prediction is averaged over, for the uncertain ones among at most 2000
+            examples drawn at random; one for a model without noise.
+        seed: of the draw and the noise. Torch's global generators are left as they were.
 
     Returns:
         ``image`` (uint8) or ``features``, ``label``, ``predicted``, ``score`` (nll, or the uncertainty) and ``kind``
@@ -136,11 +140,13 @@ def telling_examples(
 
     with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        doubts = [_uncertainty(task, x[i : i + _AT_ONCE], passes) for i in pieces]
+        looked_at = torch.randperm(len(x))[:_LOOKED_AT].sort().values.to(x.device)
+        doubts = [_uncertainty(task, x[part], passes) for part in looked_at.split(_AT_ONCE)]
     if all(doubt is not None for doubt in doubts):
         doubt = torch.cat(doubts)  # type: ignore[arg-type]
-        rows = doubt.topk(min(each, len(doubt))).indices
-        chosen, scores, kinds = [*chosen, rows], [*scores, doubt[rows]], [*kinds, torch.full_like(rows, UNCERTAIN)]
+        most = doubt.topk(min(each, len(doubt))).indices
+        rows = looked_at[most]
+        chosen, scores, kinds = [*chosen, rows], [*scores, doubt[most]], [*kinds, torch.full_like(rows, UNCERTAIN)]
 
     rows = torch.cat(chosen)
     shown = {"image": (x[rows] * 255).round().clamp(0, 255).to(torch.uint8)} if images else {"features": x[rows]}
