@@ -103,12 +103,15 @@ def report(
 @app.command()
 @_plainly
 def check(
+    name: Annotated[str, typer.Argument(help="An experiment, or all.")] = "all",
     results: _Results = Path("results"),
     strict: Annotated[bool, typer.Option("--strict", help="A claim without a result fails too.")] = False,
 ) -> None:
     """Exit with 1 if a claim is outside its tolerance. Runs nothing."""
     found = reading.read_all(results)
-    verdicts = checking.verdicts(claiming.load(EXPERIMENTS), found, EXPERIMENTS)
+    names = {experiment.name for experiment in chosen(name)}
+    claims = [claim for claim in claiming.load(EXPERIMENTS) if claim.experiment in names]
+    verdicts = checking.verdicts(claims, found, EXPERIMENTS)
     for verdict in verdicts:
         typer.echo(checking.line(verdict))
     for result in reading.left_over(found, EXPERIMENTS):
