@@ -1,0 +1,19 @@
+"""What uncertainty is for: handing cases to a person, choosing what to label, knowing what is foreign, calibration.
+
+Pure functions over tensors; :func:`vardrop.select` and :func:`vardrop.acquire` also take a :class:`vardrop.Prediction`.
+"""
+
+from vardrop.uncertainty.risk import RiskCoverage, aurc, excess_aurc, optimal_aurc, risk_coverage, upper_bound
+from vardrop.uncertainty.selection import Applied, Selection, select
+
+__all__ = [
+    "Applied",
+    "RiskCoverage",
+    "Selection",
+    "aurc",
+    "excess_aurc",
+    "optimal_aurc",
+    "risk_coverage",
+    "select",
+    "upper_bound",
+]
