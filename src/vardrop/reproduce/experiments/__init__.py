@@ -1,13 +1,15 @@
 """The experiments, written out: a new one is a file here and a line in this list."""
 
 from vardrop.reproduce.experiment import Experiment
-from vardrop.reproduce.experiments import kl, speed
+from vardrop.reproduce.experiments import dropblock, droppath, kl, speed
 
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
     for experiment in (
         kl.EXPERIMENT,
         speed.EXPERIMENT,
+        dropblock.EXPERIMENT,
+        droppath.EXPERIMENT,
     )
 }
 
