@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,21 +62,42 @@ def gradient_variance(
             f"{len(batches)} batches x {repeats} repeats"
         )
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = {}
+    with in_training(model):
+        for name in estimators:
+            with estimator(name, generator=generator):
+                found[name] = _variance(model, loss_fn, batches, repeats, named)
+    return found
+
+
+@contextmanager
+def in_training(model: nn.Module) -> Iterator[None]:
+    """Training mode for a while; modes and buffers come back as they were."""
     modes = {module: module.training for module in model.modules()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
         model.train()
-        found = {}
-        for name in estimators:
-            with estimator(name, generator=generator):
-                found[name] = _variance(model, loss_fn, batches, repeats, named)
+        yield
     finally:
         for module, mode in modes.items():
             module.training = mode
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 buffer.copy_(buffers[name])
-    return found
+
+
+def gradients(loss: Tensor, parameters: list[nn.Parameter], caller: str) -> list[Tensor | None]:
+    """The gradient of every parameter, None for those that the loss does not depend on.
+
+    Raises:
+        ValueError: if the loss is not a finite scalar.
+    """
+    if loss.ndim or not bool(loss.isfinite()):
+        raise ValueError(
+            f"vardrop.{caller}: loss_fn must return a finite scalar, got "
+            f"{f'shape {tuple(loss.shape)}' if loss.ndim else loss.item()}"
+        )
+    return list(torch.autograd.grad(loss, parameters, allow_unused=True))
 
 
 def _variance(
@@ -90,14 +112,9 @@ def _variance(
     spread: dict[str, Tensor] = {}
     count = 0
     for batch in (batch for batch in batches for _ in range(repeats)):
-        loss = loss_fn(model, batch)
-        if loss.ndim or not bool(loss.isfinite()):
-            raise ValueError(
-                "vardrop.gradient_variance: loss_fn must return a finite scalar, got "
-                f"{loss.item() if loss.numel() == 1 else f'shape {tuple(loss.shape)}'}"
-            )
+        grads = gradients(loss_fn(model, batch), list(named.values()), "gradient_variance")
         count += 1
-        for name, grad in zip(named, torch.autograd.grad(loss, list(named.values()), allow_unused=True), strict=True):
+        for name, grad in zip(named, grads, strict=True):
             if grad is None:
                 continue
             grad = grad.double()
