@@ -4,6 +4,7 @@ from vardrop import functional, kl, layers, rates, testing
 from vardrop.convert import Report, convert_, restore_
 from vardrop.gradient import gradient_variance
 from vardrop.objective import ELBO, dropout_rates, kl_divergence
+from vardrop.prediction.stochastic import stochastic
 from vardrop.replace import replace_dropout_
 from vardrop.set_rates import set_rates_
 from vardrop.weights.additive import GaussianPosterior, SparseVariationalDropout
@@ -34,5 +35,6 @@ __all__ = [
     "replace_dropout_",
     "restore_",
     "set_rates_",
+    "stochastic",
     "testing",
 ]

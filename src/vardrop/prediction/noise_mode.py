@@ -1,0 +1,188 @@
+"""Noise that no flag of a module switches: what is caught on its way into torch's functions."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode, _len_torch_function_stack, _pop_mode, _push_mode
+
+from vardrop.functional import drop
+from vardrop.weights.random_weight import _run_body
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+_MHA = F.multi_head_attention_forward
+_MHA_ARGUMENTS = list(inspect.signature(_MHA).parameters)
+_mha_body = _run_body(_MHA)
+
+
+class Block(Protocol):
+    """What the mode asks of a block that is open."""
+
+    def has(self, module: nn.Module) -> bool:
+        """Whether the module belongs to the block's model."""
+
+    def is_on(self, module: nn.Module) -> bool:
+        """Whether the block has switched the module on."""
+
+    def saw_attention_without_dropout(self, module: nn.Module) -> None:
+        """Fused attention has run without dropout for a module of the model."""
+
+
+class NoiseMode(TorchFunctionMode):
+    """Functional dropout on and batch statistics off, in what the models of the open blocks compute.
+
+    Dropout whose ``training`` argument is false is made true if a module of a block is among its callers, so that other
+    models that run meanwhile are left alone. Dropout that is on is carried out by :func:`vardrop.functional.drop`,
+    which has the same law.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks: list[Block] = []
+        self.thread = threading.get_ident()
+
+    def __torch_function__(self, func: Any, types: Any, args: Args = (), kwargs: Kwargs | None = None) -> Any:
+        handle = _HANDLED.get(func)
+        if handle is None or not self.blocks:
+            return func(*args, **(kwargs or {}))
+        return handle(self, func, args, kwargs or {})
+
+    def caller(self) -> tuple[Block, nn.Module] | None:
+        """The innermost module of a block whose code is running, and its block."""
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None:
+            code = frame.f_code
+            if code.co_argcount:
+                first = frame.f_locals.get(code.co_varnames[0])
+                if isinstance(first, nn.Module):
+                    for block in self.blocks:
+                        if block.has(first):
+                            return block, first
+            frame = frame.f_back
+        return None
+
+    def turns_on(self) -> bool:
+        """Whether noise that is off is to be on."""
+        return torch.compiler.is_compiling() or self.caller() is not None
+
+
+class _Here(threading.local):
+    mode: NoiseMode | None = None
+
+
+_here = _Here()
+
+
+def open_block(block: Block) -> NoiseMode:
+    """Make the mode look after a block, in this thread: the same mode for all blocks that are open."""
+    mode = _here.mode
+    if mode is None:
+        mode = _here.mode = NoiseMode()
+        _push_mode(mode)
+    mode.blocks.append(block)
+    return mode
+
+
+def close_block(mode: NoiseMode, block: Block) -> None:
+    """Undo :func:`open_block`, whatever the order in which blocks are closed."""
+    mode.blocks = [other for other in mode.blocks if other is not block]
+    if mode.blocks or mode.thread != threading.get_ident():
+        return
+    _here.mode = None
+    above = []
+    while _len_torch_function_stack():
+        top = _pop_mode()
+        if top is mode:
+            break
+        above.append(top)
+    for other in reversed(above):
+        _push_mode(other)
+
+
+# -------------------------------------------------------------------------------------------------------- functions
+
+
+def _dropout(mode: NoiseMode, func: Any, args: Args, kwargs: Kwargs) -> Any:
+    """The functional dropouts of torch.nn, which all arrive in the same form."""
+    x, p = args[0], kwargs["p"]
+    if not kwargs["training"]:
+        if p == 0 or not mode.turns_on():
+            return func(*args, **kwargs)
+        kwargs = {**kwargs, "training": True}
+    shared = _SHARED.get(func)
+    if shared is None or kwargs["inplace"] or not 0 < p < 1 or not _is_plain(x) or (shared and x.ndim != shared):
+        return func(*args, **kwargs)
+    return drop(x, p, shared=range(2, shared))
+
+
+_SHARED = {F.dropout: 0, F.dropout1d: 3, F.dropout2d: 4, F.dropout3d: 5}  # dimensions of a batch; 0: any
+
+
+def _torch_dropout(mode: NoiseMode, func: Any, args: Args, kwargs: Kwargs) -> Any:
+    """torch.dropout and its relatives, (x, p, train)."""
+    x, p, train = (*args, *(kwargs[name] for name in ("input", "p", "train")[len(args) :]))
+    return func(x, p, bool(train) or (p > 0 and mode.turns_on()))
+
+
+def _attention(mode: NoiseMode, func: Any, args: Args, kwargs: Kwargs) -> Any:
+    """The function behind nn.MultiheadAttention, whose own body runs with the mode on."""
+    given = {**dict(zip(_MHA_ARGUMENTS, args, strict=False)), **kwargs}
+    if not given.get("training", True) and given["dropout_p"] > 0 and mode.turns_on():
+        given["training"] = True
+    if torch.compiler.is_compiling():
+        return func(**given)
+    with mode:
+        return _mha_body(**given)
+
+
+def _fused_attention(mode: NoiseMode, func: Any, args: Args, kwargs: Kwargs) -> Any:
+    """scaled_dot_product_attention; without dropout it is looked at who calls it."""
+    rate = args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)
+    if rate == 0 and not torch.compiler.is_compiling():
+        found = mode.caller()
+        if found is not None and not found[0].is_on(found[1]):
+            found[0].saw_attention_without_dropout(found[1])
+    return func(*args, **kwargs)
+
+
+def _norm(mode: NoiseMode, func: Any, args: Args, kwargs: Kwargs) -> Any:
+    """Batch and instance norm keep to their running statistics where a flag is on for the sake of noise."""
+    name = "training" if func is F.batch_norm else "use_input_stats"
+    running = args[1] if len(args) > 1 else kwargs.get("running_mean")
+    if running is not None and kwargs.get(name) and not torch.compiler.is_compiling():
+        found = mode.caller()
+        if found is not None and found[0].is_on(found[1]):
+            kwargs = {**kwargs, name: False}
+    return func(*args, **kwargs)
+
+
+def _is_plain(x: Any) -> bool:
+    return (
+        type(x) in (Tensor, nn.Parameter)
+        and (x.is_floating_point() or x.is_complex())
+        and x.layout is torch.strided
+        and not x.is_nested
+    )
+
+
+_HANDLED: dict[Any, Callable[[NoiseMode, Any, Args, Kwargs], Any]] = {
+    **dict.fromkeys(
+        (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout), _dropout
+    ),
+    **dict.fromkeys(
+        (torch.dropout, torch.feature_dropout, torch.alpha_dropout, torch.feature_alpha_dropout), _torch_dropout
+    ),
+    _MHA: _attention,
+    F.scaled_dot_product_attention: _fused_attention,
+    F.batch_norm: _norm,
+    F.instance_norm: _norm,
+}

@@ -1,0 +1,156 @@
+"""All noise of a model on, and everything else as in evaluation, for the length of a block."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from vardrop.prediction import noise_mode
+from vardrop.prediction.noise_buffers import put_back, remember
+from vardrop.prediction.noise_modules import Source, survey
+
+__all__ = ["Noise", "Source", "stochastic"]
+
+
+@dataclass
+class Noise:
+    """What :func:`stochastic` found in a model.
+
+    Attributes:
+        sources: the noise that is on: module, kind and rate.
+        left_off: name -> reason, in a sentence, for what looks like noise and stays off.
+        put_back: modules whose buffers were changed inside the block and had to be put back, known at its end.
+    """
+
+    sources: list[Source] = field(default_factory=list)
+    left_off: dict[str, str] = field(default_factory=dict)
+    put_back: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"noise: {len(self.sources)} sources" if self.sources else "noise: none that could be found"]
+        lines += [f"  {source}" for source in self.sources]
+        lines += [f"left off: {name}: {reason}" for name, reason in self.left_off.items()]
+        return "\n".join(lines + [f"buffers put back: {name}" for name in self.put_back])
+
+
+class _Block:
+    """One open block: whose flags it holds, and what it tells."""
+
+    def __init__(self, names: dict[nn.Module, str], on: dict[nn.Module, str], noise: Noise) -> None:
+        self._names = names
+        self._on = on
+        self._noise = noise
+
+    def has(self, module: nn.Module) -> bool:
+        return module in self._names
+
+    def is_on(self, module: nn.Module) -> bool:
+        return module in self._on
+
+    def saw_attention_without_dropout(self, module: nn.Module) -> None:
+        rates = {name: value for name, value in vars(module).items() if "drop" in name and isinstance(value, float)}
+        name, rate = max(rates.items(), key=lambda item: item[1], default=("", 0.0))
+        if rate > 0:
+            reason = f"its fused attention ran without dropout, although it has {name} = {rate:g}"
+            self._noise.left_off.setdefault(self._names[module], reason)
+
+
+@dataclass
+class _Claim:
+    """Who holds a module: a thread, and its blocks with the flags that they found, the innermost last."""
+
+    thread: threading.Thread
+    blocks: list[tuple[_Block, bool]] = field(default_factory=list)
+
+
+_LOCK = threading.RLock()
+_CLAIMS: dict[nn.Module, _Claim] = {}
+
+
+@contextlib.contextmanager
+def stochastic(model: nn.Module) -> Iterator[Noise]:
+    """Turn on all noise of a model that can be found, and nothing else, until the block ends.
+
+    On are dropouts of every class, those that attention and recurrent layers carry out themselves, functional dropout
+    in a forward, random weights (:func:`vardrop.convert_`), every layer of :mod:`vardrop.layers`, and noise of other
+    modules whose code says that it is noise. Everything else is as in ``model.eval()``: batch norm keeps to its running
+    statistics, auxiliary outputs stay away. At the end, however it comes, flags and buffers are what they were.
+
+    Blocks may be nested. Flags belong to the model and not to a thread, so two threads cannot hold one model at a time.
+    Passes through a copy of the model, or through modules that are added inside the block, are not looked after.
+
+    Args:
+        model: any module; it may be in training or in evaluation.
+
+    Returns:
+        A context manager, whose value is a report: the sources of noise, what was left off and why. If it has no
+        sources, passes will not vary.
+
+    Raises:
+        TypeError: if ``model`` is no module.
+        RuntimeError: if another thread holds the model, or a part of it.
+
+    Example:
+        >>> import torch, vardrop as vd
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(4, 64), nn.BatchNorm1d(64), nn.Dropout(0.5), nn.Linear(64, 2)).eval()
+        >>> x = torch.ones(1, 4)
+        >>> with vd.stochastic(net) as noise:
+        ...     print(noise, torch.equal(net(x), net(x)))
+        noise: 1 sources
+          2: Dropout, p = 0.5 False
+        >>> torch.equal(net(x), net(x))
+        True
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"vardrop.stochastic: model must be a torch.nn.Module, got {type(model).__name__}")
+    found = survey(model)
+    noise = Noise(found.sources, found.left_off)
+    names = {module: name or type(module).__name__ for name, module in model.named_modules()}
+    block = _Block(names, found.on, noise)
+    with contextlib.ExitStack() as undo:
+        _claim(names, block)
+        undo.callback(_release, names, block)
+        kept = remember(names)
+        undo.callback(lambda: noise.put_back.extend(put_back(kept)))
+        for module in names:
+            if module.training != (module in found.on):
+                module.training = module in found.on
+        undo.callback(noise_mode.close_block, noise_mode.open_block(block), block)
+        yield noise
+
+
+def _claim(names: dict[nn.Module, str], block: _Block) -> None:
+    """Note the flags that a block finds, and that this thread holds the modules."""
+    here = threading.current_thread()
+    with _LOCK:
+        for module, name in names.items():
+            claim = _CLAIMS.get(module)
+            if claim is not None and claim.thread is not here and claim.thread.is_alive():
+                raise RuntimeError(
+                    f"vardrop.stochastic: a model must be held by one thread at a time, got {name!r}, which is in a block "
+                    f"of thread {claim.thread.name!r}; use a copy of the model for every thread"
+                )
+        for module in names:
+            claim = _CLAIMS.setdefault(module, _Claim(here))
+            claim.thread = here
+            claim.blocks.append((block, module.training))
+
+
+def _release(names: dict[nn.Module, str], block: _Block) -> None:
+    """Give the flags back that a block has found; if blocks are closed out of order, to the one that came after it."""
+    with _LOCK:
+        for module in names:
+            blocks = _CLAIMS[module].blocks
+            place = next(index for index, (other, _) in enumerate(blocks) if other is block)
+            flag = blocks.pop(place)[1]
+            if place < len(blocks):
+                blocks[place] = (blocks[place][0], flag)
+            else:
+                module.training = flag
+            if not blocks:
+                del _CLAIMS[module]
