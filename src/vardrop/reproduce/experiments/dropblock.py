@@ -22,7 +22,7 @@ BLOCK = {"smoke": 3, "cpu": 3, "gpu": 7}  # of maps of 4 and 2, of 8 and 4, of 1
 
 def cells(scale: str) -> list[Config]:
     """All methods of a seed before the next seed, then the time of a step."""
-    seeds, rates = (1, (0.1,)) if scale == "smoke" else (3, (0.1, 0.2))
+    seeds, rates = (1, (0.2,)) if scale == "smoke" else (3, (0.1, 0.2))
     methods = [(NONE, 0.0), *((method, rate) for rate in rates for method in (DROPOUT, FIXED, SCHEDULED))]
     base = {**_cifar.BASE[scale], "block": BLOCK[scale]}
     trained = [
