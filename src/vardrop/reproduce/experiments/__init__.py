@@ -1,13 +1,14 @@
 """The experiments, written out: a new one is a file here and a line in this list."""
 
 from vardrop.reproduce.experiment import Experiment
-from vardrop.reproduce.experiments import dropblock, droppath, kl, speed
+from vardrop.reproduce.experiments import dropblock, droppath, kl, speed, variance_scaling
 
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
     for experiment in (
         kl.EXPERIMENT,
         speed.EXPERIMENT,
+        variance_scaling.EXPERIMENT,
         dropblock.EXPERIMENT,
         droppath.EXPERIMENT,
     )
