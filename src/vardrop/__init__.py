@@ -2,6 +2,7 @@
 
 from vardrop import functional, kl, layers, rates, testing
 from vardrop.convert import Report, convert_, restore_
+from vardrop.ensemble import Ensemble
 from vardrop.gradient import gradient_variance
 from vardrop.objective import ELBO, dropout_rates, kl_divergence
 from vardrop.prediction.stochastic import stochastic
@@ -16,6 +17,7 @@ from vardrop.weights.random_weight import RandomWeight
 __version__ = "0.1.0"
 __all__ = [
     "ELBO",
+    "Ensemble",
     "GaussianDropout",
     "GaussianPosterior",
     "RandomWeight",
