@@ -68,21 +68,21 @@ def test_no_order_beats_the_oracle(cases: list[tuple[int, float]]) -> None:
 @given(MANY, st.floats(0, 1))
 def test_the_target_s_threshold_is_the_best_of_all(cases: list[tuple[int, bool]], target: float) -> None:
     u, loss = tensors(cases)
-    possible = [t for t in u.unique().tolist() if loss[u <= t].mean().item() <= target]
+    possible = [t for t in u.unique().tolist() if loss[u <= t].mean().item() <= target * (1 + 1e-12)]
     found = vd.select(u, loss, target_error=target)
     assert found.threshold == max(possible, default=-math.inf)
     assert found.coverage == (u <= found.threshold).double().mean().item()
-    assert not len(found.kept) or found.risk <= target
+    assert not len(found.kept) or found.risk <= target * (1 + 1e-12)
 
 
 @settings(max_examples=100, deadline=None)
 @given(MANY, st.floats(0, 1))
 def test_the_share_s_threshold_hands_over_the_most_of_all(cases: list[tuple[int, bool]], share: float) -> None:
     u, loss = tensors(cases)
-    possible = [t for t in [-math.inf, *u.unique().tolist()] if (u > t).sum().item() <= share * len(u)]
+    possible = [t for t in [-math.inf, *u.unique().tolist()] if (u > t).sum().item() <= share * len(u) + 1e-9]
     found = vd.select(u, loss, share=share)
     assert found.threshold == min(possible)
-    assert len(found.to_person) <= share * len(u)
+    assert len(found.to_person) <= share * len(u) + 1e-9
 
 
 def test_a_random_uncertainty_has_the_area_of_the_error_rate() -> None:
@@ -150,7 +150,7 @@ def test_persons_get_the_most_uncertain_first_and_new_data_the_same_threshold() 
 def classifier(p: Tensor) -> SimpleNamespace:
     entropy = torch.special.entr(p).sum(-1)
     return SimpleNamespace(
-        outputs="probabilities", probabilities=p, predicted=p.argmax(-1), predictive_entropy=entropy,
+        kind="probabilities", class_dim=1, probabilities=p, predicted=p.argmax(-1), predictive_entropy=entropy,
         expected_entropy=entropy, mutual_information=0 * entropy, variation_ratio=1 - p.amax(-1), samples=None,
     )  # fmt: skip
 
@@ -169,7 +169,7 @@ def test_a_prediction_is_ranked_by_its_measures() -> None:
 
 def test_numbers_have_squared_errors() -> None:
     mean, variance = torch.tensor([[1.0], [2.0], [5.0]]), torch.tensor([[0.1], [0.2], [3.0]])
-    prediction = SimpleNamespace(outputs="numbers", mean=mean, variance=variance, std=variance.sqrt())
+    prediction = SimpleNamespace(kind="values", mean=mean, variance=variance, std=variance.sqrt())
     chosen = vd.select(prediction, torch.tensor([1.0, 2.5, 1.0]), target_error=0.2)
     assert chosen.by == "variance"
     torch.testing.assert_close(chosen.loss, torch.tensor([0.0, 0.25, 16.0], dtype=torch.float64))
@@ -219,8 +219,12 @@ def test_bad_input() -> None:
         vd.select(u, torch.tensor([0, 2, 1]))
     prediction = classifier(torch.full((3, 2), 0.5))
     with pytest.raises(
-        ValueError, match=r"by must be one of predictive_entropy, .* for this prediction, got 'variance'"
+        ValueError, match=r"by must be one of predictive_entropy, .*, got 'variance' for a prediction of kind 'prob"
     ):
         vd.select(prediction, torch.tensor([0, 1, 1]), by="variance")
     with pytest.raises(ValueError, match="what was selected by a tensor applies to a tensor of the same measure"):
         vd.select(u, wrong).apply(prediction)
+    with pytest.raises(TypeError, match=r"integer labels belong to a prediction of classes, float targets to one of"):
+        vd.select(prediction, torch.rand(3))
+    with pytest.raises(ValueError, match=r"the truth must have the shape of what is predicted, \(3,\), got \(2,\)"):
+        vd.select(prediction, torch.tensor([0, 1]))

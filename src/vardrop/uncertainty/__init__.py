@@ -3,6 +3,7 @@
 Pure functions over tensors; :func:`vardrop.select` and :func:`vardrop.acquire` also take a :class:`vardrop.Prediction`.
 """
 
+from vardrop.uncertainty import calibration, detection
 from vardrop.uncertainty.risk import RiskCoverage, aurc, excess_aurc, optimal_aurc, risk_coverage, upper_bound
 from vardrop.uncertainty.selection import Applied, Selection, select
 
@@ -11,6 +12,8 @@ __all__ = [
     "RiskCoverage",
     "Selection",
     "aurc",
+    "calibration",
+    "detection",
     "excess_aurc",
     "optimal_aurc",
     "risk_coverage",

@@ -1,6 +1,6 @@
 """What this room is given: tensors of its own kind, or a :class:`vardrop.Prediction` that has them.
 
-A Prediction is anything with its attributes, so that the output of another library can be wrapped in four lines.
+A Prediction is anything with its attributes, so that the answers of another library can be wrapped in a few lines.
 """
 
 from __future__ import annotations
@@ -10,67 +10,76 @@ from typing import Any
 import torch
 from torch import Tensor
 
+CLASS_KINDS = ("logits", "probabilities", "log_probabilities")  # of a Prediction; all others are values
 CLASS_MEASURES = ("predictive_entropy", "expected_entropy", "mutual_information", "variation_ratio", "confidence")
-NUMBER_MEASURES = ("variance", "std")
+VALUE_MEASURES = ("variance", "std")
 
 
 def has_classes(prediction: Any) -> bool:
-    """Whether a prediction is about classes, and not about numbers."""
-    return prediction.outputs != "numbers"
-
-
-def default_measure(prediction: Any) -> str:
-    """The measure of doubt that all that is known goes into."""
-    return "predictive_entropy" if has_classes(prediction) else "variance"
+    """Whether a prediction is about classes, and not about values."""
+    return prediction.kind in CLASS_KINDS
 
 
 def measures(prediction: Any) -> tuple[str, ...]:
-    """The names of all measures of doubt that a prediction has."""
-    return CLASS_MEASURES if has_classes(prediction) else NUMBER_MEASURES
+    """The names of all measures of doubt that a prediction has, the one that takes in everything first."""
+    return CLASS_MEASURES if has_classes(prediction) else VALUE_MEASURES
 
 
 def measure(prediction: Any, by: str) -> Tensor:
-    """One number for every case, high for doubtful.
+    """One number for every example, high for doubtful; where an example has several, their mean.
 
-    ``"confidence"`` is one minus the largest probability. The variances of several outputs of a case are averaged,
-    their standard deviations too.
+    ``"confidence"`` is one minus the largest probability.
     """
     known = measures(prediction)
     if by not in known:
-        raise ValueError(f"vardrop.uncertainty: by must be one of {', '.join(known)} for this prediction, got {by!r}")
+        raise ValueError(
+            f"vardrop.uncertainty: by must be one of {', '.join(known)}, got {by!r} for a prediction of kind "
+            f"{prediction.kind!r}; mc_predict(..., outputs='logits') makes one of classes"
+        )
     if by == "confidence":
-        return 1 - prediction.probabilities.amax(-1)
-    found: Tensor = getattr(prediction, by)
-    return found if found.ndim == 1 else found.flatten(1).mean(1)
+        return _one_each(1 - prediction.probabilities.amax(prediction.class_dim))
+    return _one_each(getattr(prediction, by))
 
 
 def losses(prediction: Any, truth: Tensor) -> Tensor:
-    """What the prediction's errors are: wrong or right by integer labels, squares by float targets.
-
-    Booleans are taken for errors that somebody else has judged.
-    """
+    """A loss for every example: wrong or right by integer labels, a square by float targets; booleans are errors."""
     if truth.dtype == torch.bool:
         return truth
-    if not has_classes(prediction):
-        mean = prediction.mean
-        error = (mean - truth.to(mean.device).reshape(mean.shape)).double().square()
-        return error if error.ndim == 1 else error.flatten(1).mean(1)
-    if truth.is_floating_point():
-        return truth
-    return prediction.predicted != truth.to(prediction.predicted.device)
+    if truth.is_floating_point() == has_classes(prediction):
+        raise TypeError(
+            "vardrop.uncertainty: integer labels belong to a prediction of classes, float targets to one of values, "
+            f"got {truth.dtype} for kind {prediction.kind!r}; say mc_predict(..., outputs='logits'), or convert them"
+        )
+    said = prediction.predicted if has_classes(prediction) else prediction.mean
+    truth = truth.to(said.device)
+    if truth.shape != said.shape and not (truth.shape == said.shape[:1] and truth.numel() == said.numel()):
+        raise ValueError(
+            f"vardrop.uncertainty: the truth must have the shape of what is predicted, {tuple(said.shape)}, got "
+            f"{tuple(truth.shape)}; give one for every example"
+        )
+    truth = truth.reshape(said.shape)
+    return _one_each((said != truth).double() if has_classes(prediction) else (said - truth).double().square())
+
+
+def _one_each(found: Tensor) -> Tensor:
+    return found if found.ndim == 1 else found.flatten(1).mean(1)
 
 
 def class_samples(prediction: Any) -> Tensor:
-    """The probabilities of every pass, ``[T, N, C]``."""
-    samples = prediction if isinstance(prediction, Tensor) else prediction.samples
-    if samples is None:
+    """The probabilities of every pass, ``[T, N, C]``, of a prediction or as they are given."""
+    if isinstance(prediction, Tensor):
+        return checked_samples(prediction)
+    if not has_classes(prediction):
         raise ValueError(
-            "vardrop.uncertainty: the passes themselves are needed, got a prediction that kept only their moments; "
-            "ask mc_predict to keep its samples"
+            f"vardrop.uncertainty: probabilities of classes are needed, got a prediction of kind {prediction.kind!r}; "
+            "say what the model returns: mc_predict(..., outputs='logits')"
         )
-    if not isinstance(prediction, Tensor) and prediction.outputs == "logits":
-        samples = samples.softmax(-1)
-    return checked_samples(samples)
+    if prediction.samples is None:
+        raise ValueError(
+            "vardrop.uncertainty: every pass is needed, got a prediction that kept only their moments; make it with "
+            "keep=True"
+        )
+    return checked_samples(prediction.samples)
 
 
 def checked_samples(samples: Tensor) -> Tensor:

@@ -187,17 +187,17 @@ def select(
     Args:
         prediction: a Prediction, or uncertainties ``[N]``, high for doubtful.
         labels: ``[N]``. With a Prediction the labels or targets: wrong classes, or squared errors, are the losses.
-            Booleans are errors, and with a tensor of uncertainties floats are losses of any kind.
+            Booleans are errors; with a tensor of uncertainties, floats are losses of any kind.
         by: the measure of a Prediction: ``"predictive_entropy"`` (the default), ``"expected_entropy"``,
             ``"mutual_information"``, ``"variation_ratio"``, ``"confidence"`` (one minus the largest probability); for
-            numbers ``"variance"`` (the default) or ``"std"``.
+            values ``"variance"`` (the default) or ``"std"``.
         target_error: the mean loss that the kept cases may have at most.
         share: of the cases that may go to a person at most, in [0, 1].
         confidence: of the target error, in (0, 1); None for no guarantee.
 
     Raises:
         ValueError: for shapes that do not fit, an unknown measure, or thresholds that contradict each other.
-        TypeError: for class labels without a Prediction.
+        TypeError: for labels without a Prediction, or of another kind than the prediction.
 
     Example:
         >>> import torch, vardrop as vd
@@ -223,7 +223,7 @@ def select(
             )
         uncertainty, loss = prediction, labels
     else:
-        by = by or inputs.default_measure(prediction)
+        by = by or inputs.measures(prediction)[0]
         uncertainty, loss = inputs.measure(prediction, by), inputs.losses(prediction, labels)
     uncertainty, loss = risk.checked(uncertainty, loss)
     return Selection(uncertainty, loss, risk.risk_coverage(uncertainty, loss), by).at(
