@@ -1,13 +1,17 @@
 """vardrop: dropout that learns its rates, tells its uncertainty, and shrinks networks."""
 
-from vardrop import functional, kl, layers, rates, testing
+from vardrop import functional, kl, layers, rates, testing, uncertainty
 from vardrop.convert import Report, convert_, restore_
 from vardrop.ensemble import Ensemble
 from vardrop.gradient import gradient_variance
 from vardrop.objective import ELBO, dropout_rates, kl_divergence
+from vardrop.prediction.mc import mc_predict
+from vardrop.prediction.prediction import Prediction
 from vardrop.prediction.stochastic import stochastic
 from vardrop.replace import replace_dropout_
 from vardrop.set_rates import set_rates_
+from vardrop.uncertainty.selection import select
+from vardrop.variance_terms import VarianceTerms, variance_terms
 from vardrop.weights.additive import GaussianPosterior, SparseVariationalDropout
 from vardrop.weights.estimators import estimator
 from vardrop.weights.modules import register_layer
@@ -20,9 +24,11 @@ __all__ = [
     "Ensemble",
     "GaussianDropout",
     "GaussianPosterior",
+    "Prediction",
     "RandomWeight",
     "Report",
     "SparseVariationalDropout",
+    "VarianceTerms",
     "VariationalDropout",
     "convert_",
     "dropout_rates",
@@ -32,11 +38,15 @@ __all__ = [
     "kl",
     "kl_divergence",
     "layers",
+    "mc_predict",
     "rates",
     "register_layer",
     "replace_dropout_",
     "restore_",
+    "select",
     "set_rates_",
     "stochastic",
     "testing",
+    "uncertainty",
+    "variance_terms",
 ]

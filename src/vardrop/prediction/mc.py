@@ -1,0 +1,199 @@
+"""Monte Carlo prediction: many noisy passes of a model, and what they say together."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vardrop.prediction import probe, seeds
+from vardrop.prediction.engine import Engine, Refused
+from vardrop.prediction.moments import KINDS, Collector, Summary, joined
+from vardrop.prediction.prediction import Prediction
+from vardrop.prediction.progress import Bar
+from vardrop.prediction.stochastic import stochastic
+from vardrop.prediction.structure import Call, Select, device_of, is_batches, moved, of_loader, single
+
+_ENGINES = ("auto", "vmap", "loop")
+
+
+def mc_predict(
+    model: nn.Module,
+    x: Any,
+    samples: int = 100,
+    *,
+    outputs: str | None = None,
+    engine: str = "auto",
+    chunk: int | None = None,
+    max_memory: int | None = None,
+    keep: bool = True,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+    progress: bool | None = None,
+    select: Select | None = None,
+    class_dim: int = 1,
+) -> Prediction:
+    r"""Predict with all noise on, many times, and tell how much the passes disagree (Gal, Ghahramani 2016).
+
+    .. math:: E\,y \approx \frac{1}{T} \sum_t f(x, \varepsilon_t)
+
+    Noise is switched on by :func:`vardrop.stochastic`: dropout of every kind and converted weights, while BatchNorm
+    stays in evaluation. Everything is put back afterwards. An output that does not vary is an error, never an answer.
+
+    Under vmap what stands before the first noise runs once for all passes. Where vmap refuses, the passes are made one
+    by one, and ``prediction.reason`` says why. No gradients are kept.
+
+    Args:
+        model: any module.
+        x: one batch: a tensor, a tuple of arguments, or a mapping of keyword arguments. Or several: a DataLoader, a
+            list, any iterable of batches that are tensors, tuples whose first entry is the input (the rest, labels,
+            is not used), or mappings (without their ``labels`` or ``label``).
+        samples: T, the number of passes, at least 2.
+        outputs: what the model returns: ``"logits"``, ``"probabilities"`` or ``"log_probabilities"`` of classes, which
+            the prediction turns into probabilities; ``"values"``, or None for outputs as they are.
+        engine: ``"vmap"``, ``"loop"``, or ``"auto"`` for vmap wherever it can.
+        chunk: passes at once; None to choose by the size of the activations.
+        max_memory: bytes that the tensors of the passes may take at one time, beside the results.
+        keep: keep every pass; else only what is summed up, in the memory of a few passes.
+        generator: where the noise comes from: the same state gives the same answer to the same call, whatever
+            ``keep`` is. Another engine, chunk or device gives other draws of the same noise. None takes one number from
+            torch's default generator, whose state is otherwise left alone.
+        device: where the batches go; None for where the model's parameters are.
+        progress: show a bar (needs rich); None for long work over several batches on a terminal.
+        select: the tensor of the output that this is about, by its name, such as ``"logits"``, ``0`` or
+            ``"heads.mask"``, or a function of the output. None for the only one, or the one called ``logits``. The
+            others are in ``prediction.outputs``.
+        class_dim: where the classes are in the outputs ``[N, C, ...]``: 1 as for cross_entropy, -1 for the tokens of
+            transformers.
+
+    Returns:
+        The prediction: on the device of the outputs, or on the CPU if x was several batches.
+
+    Raises:
+        ValueError: for arguments outside those above, no batches, outputs that are not numbers or not what
+            ``outputs`` says, and a ``max_memory`` too small for one pass.
+        TypeError: if ``model`` is no module.
+        RuntimeError: if the outputs do not vary, or ``engine="vmap"`` cannot run the model.
+
+    Example:
+        >>> import torch, vardrop as vd
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 50), torch.nn.Dropout(0.5), torch.nn.Linear(50, 1))
+        >>> p = vd.mc_predict(net, torch.randn(7, 4), samples=200)
+        >>> p.mean.shape, p.std.shape, p.engine
+        (torch.Size([7, 1]), torch.Size([7, 1]), 'vmap')
+    """
+    _check(model, samples, outputs, engine, chunk, max_memory)
+    several = is_batches(x)
+    place = device_of(model) if device is None else torch.device(device)
+    runner = Engine(model, select, engine, chunk, max_memory)
+    whole: dict[str, list[Summary]] = {}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        noise = stack.enter_context(stochastic(model))
+        devices = seeds.accelerators(itertools.chain(model.parameters(), model.buffers()))
+        own = torch.Generator().manual_seed(seeds.draw(generator))
+        stack.enter_context(seeds.lent(devices))
+        bar = stack.enter_context(Bar(progress, several, x, samples))
+        if "torch._dynamo" in sys.modules:  # a compiled model runs as it was written
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for call in _calls(x, several, place):
+            seed = seeds.draw(own)
+            found = _batch(runner, call, samples, (outputs, class_dim, keep), seed, devices, noise, bar)
+            for name, summary in found.items():
+                whole.setdefault(name, []).append(summary.to("cpu") if several else summary)
+    if not whole:
+        raise ValueError("vardrop.mc_predict: x must have a batch, got an iterable without any")
+    return _prediction(runner, whole, samples, outputs, class_dim, noise)
+
+
+def _check(
+    model: Any, samples: int, outputs: str | None, engine: str, chunk: int | None, max_memory: int | None
+) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"vardrop.mc_predict: model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(samples, int) or samples < 2:
+        raise ValueError(
+            f"vardrop.mc_predict: samples must be a whole number of passes, 2 or more, got {samples!r}; one pass has "
+            "no spread, and is made by calling the model inside of vd.stochastic(model)"
+        )
+    if outputs is not None and outputs not in KINDS:
+        raise ValueError(f"vardrop.mc_predict: outputs must be one of {', '.join(KINDS)} or None, got {outputs!r}")
+    if engine not in _ENGINES:
+        raise ValueError(f"vardrop.mc_predict: engine must be one of {', '.join(_ENGINES)}, got {engine!r}")
+    for name, value in (("chunk", chunk), ("max_memory", max_memory)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"vardrop.mc_predict: {name} must be a positive whole number or None, got {value!r}")
+
+
+def _calls(x: Any, several: bool, device: Any) -> Iterator[Call]:
+    for batch in x if several else [x]:
+        call = of_loader(batch) if several else single(batch)
+        yield call if device is None else Call(moved(call.args, device), moved(call.kwargs, device))
+
+
+def _batch(
+    runner: Engine,
+    call: Call,
+    samples: int,
+    about: tuple[str | None, int, bool],
+    seed: int,
+    devices: list[torch.device],
+    noise: Any,
+    bar: Bar,
+) -> dict[str, Summary]:
+    """All passes over one batch; from the start again, one by one, if vmap refuses."""
+    kind, class_dim, keep = about
+    seeds.sow(seed, devices)
+    collectors: dict[str, Collector] = {}
+    first: Tensor | None = None
+    varies = False
+    try:
+        for piece in runner.passes(call, samples):
+            main = piece[runner.main]
+            if first is None:
+                first = main[0]
+            if runner.reached is False:
+                break
+            varies = varies or not bool((main == first).all())
+            for name, tensor in piece.items():
+                if name not in collectors:
+                    collectors[name] = Collector(kind if name == runner.main else None, class_dim, keep)
+                collectors[name].add(tensor)
+            bar.advance(len(main))
+    except Refused as why:
+        if not runner.may_fall_back:
+            raise RuntimeError(
+                f"vardrop.mc_predict: engine='vmap' must be able to run the model, but {why}; use engine='auto'"
+            ) from why.__cause__
+        runner.fall_back(why)
+        return _batch(runner, call, samples, about, seed, devices, noise, bar)
+    if not varies and first is not None and first.numel():
+        raise RuntimeError(probe.reason(noise.sources, noise.left_off, samples, runner.reached))
+    return {name: collector.summary() for name, collector in collectors.items()}
+
+
+def _prediction(
+    runner: Engine, whole: dict[str, list[Summary]], samples: int, outputs: str | None, class_dim: int, noise: Any
+) -> Prediction:
+    main = joined(whole[runner.main])
+    others = {
+        name: Prediction(joined(parts), samples, name=name) for name, parts in whole.items() if name != runner.main
+    }
+    return Prediction(
+        main,
+        samples,
+        outputs,
+        class_dim,
+        runner.name,
+        runner.chunk,
+        runner.reason,
+        runner.main,
+        tuple(source.name for source in noise.sources),
+        others,
+    )

@@ -1,0 +1,52 @@
+"""Noise with a seed of its own: torch's generators are lent for a prediction and put back as they were."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+
+def draw(generator: torch.Generator | None) -> int:
+    """A seed from a generator; from torch's default one if None."""
+    device = "cpu" if generator is None else generator.device
+    return int(torch.randint(1 << 62, (), generator=generator, device=device, dtype=torch.int64))
+
+
+def accelerators(tensors: Iterable[torch.Tensor]) -> list[torch.device]:
+    """The devices of these tensors that have generators of their own."""
+    return sorted({t.device for t in tensors if t.device.type not in ("cpu", "meta")}, key=str)
+
+
+@contextmanager
+def lent(devices: list[torch.device]) -> Iterator[None]:
+    """Everything inside may seed and draw; afterwards the generators of the CPU and these devices are as before."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        for kind in {device.type for device in devices}:
+            places = [device.index or 0 for device in devices if device.type == kind]
+            stack.enter_context(torch.random.fork_rng(devices=places, device_type=kind))
+        yield
+
+
+def sow(seed: int, devices: list[torch.device]) -> None:
+    """Seed the generators of the CPU and of these devices, and of no other."""
+    torch.default_generator.manual_seed(seed)
+    for device in devices:
+        module = torch.get_device_module(device)
+        if device.type == "mps":
+            module.manual_seed(seed)
+            continue
+        with module.device(device):
+            module.manual_seed(seed)
+
+
+def foreign() -> tuple[Any, ...]:
+    """The state of the generators that are not torch's: Python's and numpy's. It changes if somebody draws."""
+    numpy = sys.modules.get("numpy")
+    state = numpy.random.get_state() if numpy is not None else ()
+    return random.getstate(), *((state[1].tobytes(), state[2]) if state else ())
