@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from torch.func import stack_module_state
 
 from vardrop.rates import Rated
+from vardrop.weights.additive import GaussianPosterior, SparseVariationalDropout
 from vardrop.weights.geometry import Geometry
 from vardrop.weights.modules import RandomWeights
+from vardrop.weights.multiplicative import _Multiplicative
 from vardrop.weights.posteriors import Posterior
 from vardrop.weights.random_weight import RandomWeight
 
+_ADDITIVE = (GaussianPosterior, SparseVariationalDropout)
 _RESETS = ("reset_parameters", "_reset_parameters")  # the second is MultiheadAttention's and Transformer's
 
 
@@ -42,6 +45,10 @@ class StackedPosterior(Posterior):
         return self._each(self.config.log_alpha, weight, noise, geometry)
 
     def kl(self, weight: Tensor, noise: Tensor, geometry: Geometry) -> Tensor:
+        if isinstance(self.config, _ADDITIVE):  # a sum over all entries as it is
+            return self.config.kl(weight, noise, geometry)
+        if isinstance(self.config, _Multiplicative) and self.config.prior != "gaussian":  # so many scalars for each rate
+            return self.config.kl(weight, noise, geometry) * len(noise)
         return self._each(self.config.kl, weight, noise, geometry).sum()
 
     def random(self, weight: Tensor, noise: Tensor, geometry: Geometry) -> RandomWeight:
@@ -146,7 +153,7 @@ def stack(modules: Sequence[nn.Module]) -> nn.Module:
                 f"vardrop.Ensemble: a layer that learns its rate cannot be stacked, got {name or 'the model'!r}, a "
                 f"{type(module).__name__}; learn rates with vd.convert_(model, vd.VariationalDropout()) instead"
             )
-    parameters, buffers = stack_module_state(list(modules))  # type: ignore[arg-type]
+    parameters, buffers = stack_module_state(list(modules))
     memo: dict[int, Any] = {id(p): nn.Parameter(parameters[n], p.requires_grad) for n, p in first.named_parameters()}
     shared = shared_buffers(first)
     memo |= {id(b): buffers[n] for n, b in first.named_buffers() if id(b) not in shared}
