@@ -37,7 +37,7 @@ def cells(scale: str) -> list[Config]:
     size: Config = {
         "smoke": {"data": "digits", "model": "mlp:1x16", "epochs": 2, "sizes": [10, 100], "pairs": 6, "singles": 40},
         "cpu": {
-            "data": "mnist", "model": "mlp:3x100", "epochs": 3, "sizes": [10, 100, 1000, 10_000], "pairs": 30,
+            "data": "mnist", "model": "mlp:3x100", "epochs": 3, "sizes": [10, 100, 1000, 10_000], "pairs": 20,
             "singles": 1000,
         },
         "gpu": {
