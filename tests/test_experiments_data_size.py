@@ -46,7 +46,8 @@ def test_a_text_that_is_not_there_says_where_it_was_looked_for(only):
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [(b"\xff\xfe\x00", "must be in UTF-8, got other bytes"), (b"", "got an empty file")]
+    ("content", "words"),
+    [(b"\xff\xfe\x00", "must be in UTF-8, got other bytes"), (b"", "must have characters, got an empty file")],
 )
 def test_a_file_that_is_no_text_is_refused(only, content, words):
     (only / "text" / "tinyshakespeare.txt").write_bytes(content)
