@@ -3,18 +3,21 @@
 Pure functions over tensors; :func:`vardrop.select` and :func:`vardrop.acquire` also take a :class:`vardrop.Prediction`.
 """
 
-from vardrop.uncertainty import calibration, detection
+from vardrop.uncertainty import calibration, detection, intervals
 from vardrop.uncertainty.risk import RiskCoverage, aurc, excess_aurc, optimal_aurc, risk_coverage, upper_bound
 from vardrop.uncertainty.selection import Applied, Selection, select
+from vardrop.uncertainty.temperature import TemperatureScaling
 
 __all__ = [
     "Applied",
     "RiskCoverage",
     "Selection",
+    "TemperatureScaling",
     "aurc",
     "calibration",
     "detection",
     "excess_aurc",
+    "intervals",
     "optimal_aurc",
     "risk_coverage",
     "select",
