@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from vardrop.reproduce.experiment import Row
@@ -25,15 +25,19 @@ class Cell(NamedTuple):
     rate: float
 
 
-def networks(results: Iterable[Result]) -> dict[Cell, dict[int, Row]]:
+Networks = dict[Cell, dict[int, Row]]  # seed -> the row of its errors
+Pair = tuple[str, Cell, Cell]  # in which way rates correspond, one, the other that is taken from it
+
+
+def networks(results: Iterable[Result]) -> Networks:
     """Method and rate -> seed -> the row of its errors, in the order of the results."""
-    found: dict[Cell, dict[int, Row]] = {}
+    found: Networks = {}
     for row in _rows(results, "networks"):
         found.setdefault(Cell(row["method"], row["rate"]), {})[row["seed"]] = row
     return found
 
 
-def chosen(found: dict[Cell, dict[int, Row]]) -> dict[str, Cell]:
+def chosen(found: Networks) -> dict[str, Cell]:
     """Method -> its rate with the lowest mean validation error; the test images have no say."""
     best: dict[str, Cell] = {}
     for cell, seeds in found.items():
@@ -43,7 +47,13 @@ def chosen(found: dict[Cell, dict[int, Row]]) -> dict[str, Cell]:
     return best
 
 
-def difference(found: dict[Cell, dict[int, Row]], one: Cell, other: Cell) -> Row:
+def at_chosen_rates(found: Networks, methods: Iterable[tuple[str, str]]) -> list[Pair]:
+    """Pairs of methods, each at the rate that validation chose."""
+    best = chosen(found)
+    return [("chosen", best[a], best[b]) for a, b in methods if a in best and b in best]
+
+
+def difference(found: Networks, one: Cell, other: Cell) -> Row:
     """By how many points the test error of one is above the other's, seed by seed."""
     seeds = sorted(set(found[one]) & set(found[other]))
     points = [found[one][seed]["test_error"] - found[other][seed]["test_error"] for seed in seeds]
@@ -60,13 +70,12 @@ def standard_error(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
-def summarise(results: list[Result], pairs: Sequence[tuple[str, str]], same_rate: tuple[str, str] | None) -> list[Row]:
+def summarise(results: list[Result], compared: Callable[[Networks], Iterable[Pair]]) -> list[Row]:
     """Means over seeds (table ``rates``) and differences (table ``pairs``).
 
     Args:
         results: of one experiment at one scale.
-        pairs: methods to compare, each at the rate that validation chose.
-        same_rate: two methods to compare at every rate, too.
+        compared: all networks -> what to compare, where there are results of both.
     """
     found = networks(results)
     best = chosen(found)
@@ -81,11 +90,7 @@ def summarise(results: list[Result], pairs: Sequence[tuple[str, str]], same_rate
         }
         for cell, seeds in found.items()
     ]
-    compared = [("chosen", best[a], best[b]) for a, b in pairs if a in best and b in best]
-    if same_rate is not None:
-        one, other = same_rate
-        compared += [("same", cell, Cell(other, cell.rate)) for cell in found if cell.method == one]
-    for which, a, b in compared:
+    for which, a, b in compared(found):
         if set(found.get(a, ())) & set(found.get(b, ())):
             names: Row = {"method": a.method, "rate": a.rate, "minus": b.method, "its_rate": b.rate}
             rows.append({"table": "pairs", "rates": which, **names, **difference(found, a, b)})
@@ -136,10 +141,7 @@ def _draw_differences(axes, claims: list[Claim], pairs: list[Row]) -> None:  # t
                 label = claim.paper if claim.paper not in axes.get_legend_handles_labels()[1] else None
                 axes.plot(claim.target, place, "D", color="C3", markersize=5, label=label)
     axes.axvline(0, color="C7", linewidth=0.8)
-    names = [
-        f"{row['method']} − {row['minus']}" + (f", both {row['rate']:g}" if row["rates"] == "same" else "")
-        for row in pairs
-    ]
+    names = [f"{row['method']} {row['rate']:g} − {row['minus']} {row['its_rate']:g}" for row in pairs]
     axes.set_yticks(range(len(pairs)), names, fontsize="x-small")
     axes.invert_yaxis()
     axes.set(title="difference in test error, points ± 2 s.e.")
