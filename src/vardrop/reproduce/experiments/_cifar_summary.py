@@ -112,7 +112,7 @@ def figure(results: list[Result], claims: list[Claim], summary: list[Row], xlabe
         epochs = sorted({row["epoch"] for row in points})
         for axes, column in ((losses, "train_loss"), (errors, "validation_error")):
             means = [statistics.mean(row[column] for row in points if row["epoch"] == epoch) for epoch in epochs]
-            axes.plot(epochs, means, color=colours[method], label=f"{method} {cell.rate:g}" if cell.rate else method)
+            axes.plot(epochs, means, color=colours[method], label=_label(method, cell.rate))
     losses.set(title="training loss, with noise", xlabel="epoch", yscale="log")
     errors.set(title="validation error, %", xlabel="epoch")
     losses.legend(fontsize="x-small")
@@ -144,9 +144,13 @@ def _draw_differences(axes, claims: list[Claim], pairs: list[Row]) -> None:  # t
     names = [f"{row['method']} {row['rate']:g} − {row['minus']} {row['its_rate']:g}" for row in pairs]
     axes.set_yticks(range(len(pairs)), names, fontsize="x-small")
     axes.invert_yaxis()
-    axes.set(title="difference in test error, points ± 2 s.e.")
+    axes.set(title="test errors compared, points ± 2 s.e.")
     if axes.get_legend_handles_labels()[1]:
         axes.legend(fontsize="x-small")
+
+
+def _label(method: str, rate: float) -> str:
+    return f"{method} {rate:g}" if rate else method
 
 
 def _rows(results: Iterable[Result], table: str) -> Iterable[Row]:
