@@ -10,6 +10,7 @@ from vardrop.prediction.prediction import Prediction
 from vardrop.prediction.stochastic import stochastic
 from vardrop.replace import replace_dropout_
 from vardrop.set_rates import set_rates_
+from vardrop.uncertainty.acquisition import acquire
 from vardrop.uncertainty.selection import select
 from vardrop.variance_terms import VarianceTerms, variance_terms
 from vardrop.weights.additive import GaussianPosterior, SparseVariationalDropout
@@ -30,6 +31,7 @@ __all__ = [
     "SparseVariationalDropout",
     "VarianceTerms",
     "VariationalDropout",
+    "acquire",
     "convert_",
     "dropout_rates",
     "estimator",
