@@ -64,6 +64,7 @@ LAYERS = [
     Layer("dropout2d-unbatched", layers.Dropout2d, (30, 3, 2), (1, 2)),
     Layer("dropout3d", layers.Dropout3d, (6, 5, 2, 3, 2), (2, 3, 4)),
     Layer("gaussian", layers.GaussianDropout, (6, 5, 4), gaussian=True),
+    Layer("gaussian-channels", lambda p: layers.GaussianDropout(p, shared=(2, 3)), (6, 5, 3, 2), (2, 3), gaussian=True),
     Layer("token", layers.TokenDropout, (6, 5, 4), (2,)),
     Layer("token-by-type", lambda p: layers.TokenDropout(p, num_types=8), (6, 5, 4), (2,), call=_with_all_words),
     Layer("locked", layers.LockedDropout, (6, 3, 5), (1,)),

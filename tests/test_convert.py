@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import vardrop as vd
+from vardrop import layers
 
 A = vd.VariationalDropout()
 B = vd.VariationalDropout(type="B", sharing="weight")
@@ -446,6 +448,80 @@ def test_a_dropout_that_a_plain_layer_needs_stays_on() -> None:
     assert model[0].p == 0.4
     assert vd.convert_(model, A, where="4").replaced == {"0": 0.4}  # now both are random
     assert model[0].p == 0.0
+
+
+OURS = [layers.Dropout, layers.Dropout1d, layers.Dropout2d, layers.Dropout3d, layers.GaussianDropout]
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_fixed_dropout_of_vardrop_is_replaced_and_comes_back(kind: type[layers.Drop]) -> None:
+    model = nn.Sequential(kind(0.4), nn.Linear(4, 2))
+    report = vd.convert_(model, A)
+    assert report.replaced == {"0": 0.4}
+    assert rate_of(model, "1") == pytest.approx(0.4)
+    x = torch.randn(3, 4)
+    assert model[0](x) is x
+    assert "off" in repr(model[0])
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other[0](x) is x
+    vd.restore_(model)
+    shape = (3, 4, *[2] * (getattr(kind, "spatial", 0)))
+    assert not torch.equal(model[0](torch.ones(shape)), torch.ones(shape))
+    assert model[0].p == pytest.approx(0.4)
+    assert vd.convert_(model, A).replaced == {"0": 0.4}
+
+
+def test_no_checkpoint_or_scheduler_switches_a_replaced_dropout_on() -> None:
+    model = nn.Sequential(layers.Dropout(0.4), nn.Linear(4, 2))
+    plain, x = copy.deepcopy(model.state_dict()), torch.ones(3, 4)
+    vd.convert_(model, A)
+    assert model.state_dict()["0.rate_value"] == plain["0.rate_value"]  # which a plain model then loads
+    model.load_state_dict(plain)
+    vd.rates.RateScheduler(model, vd.rates.linear(0.1, 0.5, steps=2)).step()
+    assert model[0](x) is x
+
+
+@pytest.mark.parametrize(
+    ("dropout", "words"),
+    [
+        (layers.Dropout(vd.rates.linear(0.1, 0.5, steps=9)), "follows a schedule"),
+        (layers.GaussianDropout(vd.rates.learned(0.3), features=4), "has a learned rate"),
+    ],
+)
+def test_scheduled_and_learned_dropout_stays_and_is_reported(dropout: layers.Drop, words: str) -> None:
+    model = nn.Sequential(dropout, nn.Linear(4, 2))
+    report = vd.convert_(model, A)
+    assert report.replaced == {}
+    assert words in report.skipped["0"]
+    assert "noise upon noise" in str(report)
+    assert not torch.equal(model[0](torch.ones(9, 4)), torch.ones(9, 4))
+
+
+@pytest.mark.parametrize(
+    "wrapper",
+    [
+        lambda layer: layers.ConcreteDropout(vd.rates.learned(0.1), layer),
+        lambda layer: layers.FastDropout(0.1, layer),
+        lambda layer: layers.DropConnect(0.1, layer),
+    ],
+)
+def test_a_layer_with_noise_of_its_own_is_not_given_random_weights_too(
+    wrapper: Callable[[nn.Module], layers.Drop],
+) -> None:
+    model = nn.Sequential(wrapper(nn.Linear(4, 4)), nn.Linear(4, 2))
+    report = vd.convert_(model, A)
+    assert report.converted == ["1"]
+    assert f"has the noise of {type(model[0]).__name__} already" in report.skipped["0.layer"]
+    with pytest.raises(TypeError, match=r"layer must have plain weights, got a \w*Linear whose weights are random"):
+        wrapper(model[1])
+
+
+def test_a_layer_behind_concrete_noise_is_not_given_random_weights_too() -> None:
+    model = nn.Sequential(nn.Dropout(0.1), nn.Linear(4, 4), nn.Linear(4, 2))
+    vd.replace_dropout_(model, "concrete")
+    report = vd.convert_(model, A)
+    assert report.converted == ["2"]
+    assert "has the noise of ConcreteDropout already" in report.skipped["1"]
 
 
 # --- architectures of torch itself ------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -40,10 +41,11 @@ class Called(nn.Module):
 def test_mean_variance_and_what_is_independent_of_what(layer: Layer, p: float) -> None:
     torch.manual_seed(0)
     axes = {str(axis): axis for axis in range(len(layer.shape))}
+    x = torch.linspace(1, 2, math.prod(layer.shape), dtype=torch.float64).view(layer.shape)
     check_noise(
         Called(layer, p),
-        torch.linspace(1, 2, torch.Size(layer.shape).numel()).view(layer.shape),
-        variance=p / (1 - p) * torch.linspace(1, 2, torch.Size(layer.shape).numel()).view(layer.shape) ** 2,
+        x,
+        variance=p / (1 - p) * x**2,
         independent={name: axis for name, axis in axes.items() if axis not in layer.shared + layer.dependent},
         shared={name: axis for name, axis in axes.items() if axis in layer.shared},
         samples=1000,

@@ -87,6 +87,54 @@ def test_concrete_drops_channels_before_a_convolution() -> None:
     assert torch.equal(y, y[..., :1, :1].expand_as(y))
 
 
+CHANNELS = [(nn.Dropout1d, nn.Conv1d, 1), (nn.Dropout2d, nn.Conv2d, 2), (nn.Dropout3d, nn.Conv3d, 3)]
+
+
+@pytest.mark.parametrize(("dropout", "conv", "spatial"), CHANNELS)
+@pytest.mark.parametrize("kind", ["gaussian", "variational"])
+def test_channels_that_shared_a_coin_share_a_draw(
+    kind: str, dropout: type[nn.Module], conv: type[nn.Module], spatial: int
+) -> None:
+    model = nn.Sequential(dropout(0.2), conv(6, 2, 1), nn.ReLU(), dropout(0.3))
+    report = vd.replace_dropout_(model, kind, features=9)
+    assert report.replaced == {"0": 0.2, "3": 0.3}
+    torch.manual_seed(0)
+    y = model[0](torch.ones(500, 6, *[2] * spatial)).flatten(2)
+    assert torch.equal(y, y[..., :1].expand_as(y))
+    assert y[..., 0].var().item() == pytest.approx(0.25, rel=4 * (2 / 3000) ** 0.5)
+    assert (model[0].features, model[3].features) == ((6, 9) if kind == "variational" else (None, None))
+
+
+def test_channels_that_the_model_does_not_tell_are_asked_for() -> None:
+    model = nn.Sequential(nn.Dropout2d(0.1), nn.Conv2d(2, 2, 1), nn.Dropout2d(0.1), nn.Flatten(), nn.Linear(8, 2))
+    report = vd.replace_dropout_(model, "variational")
+    assert list(report.replaced) == ["0"]  # the inputs of the linear layer are no channels
+    assert "number of channels that the model does not tell" in report.skipped["2"]
+
+
+def test_three_dimensions_are_a_batch_of_sequences_to_dropout2d_and_refused_by_what_replaces_it() -> None:
+    model = nn.Sequential(nn.Dropout2d(0.5), nn.Conv2d(2, 2, 1))
+    vd.replace_dropout_(model)
+    with pytest.raises(IndexError, match=r"shared must name dimensions of x, got 3 for shape \(4, 2, 5\)"):
+        model[0](torch.ones(4, 2, 5))
+
+
+def test_the_representation_shows_what_concrete_noise_stands_before() -> None:
+    model = net()
+    vd.replace_dropout_(model, "concrete")
+    assert repr(model[2]) == (
+        "ConcreteDropout(p=0.2, learned, before=Linear(in_features=64, out_features=8, bias=True))"
+    )
+
+
+def test_concrete_noise_before_random_weights_is_refused() -> None:
+    model = net()
+    vd.convert_(model, vd.VariationalDropout(), where="3", replace_dropout=False)
+    report = vd.replace_dropout_(model, "concrete")
+    assert list(report.replaced) == ["4"]
+    assert "noise upon noise" in report.skipped["2"]
+
+
 def test_a_copy_reads_its_own_weights() -> None:
     model = net()
     vd.replace_dropout_(model, "concrete")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
-from torch.nn.modules import activation
-from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils import parametrize
 
+from vardrop.dropouts_before import dropouts_before, in_wrappers, is_off, rate_of, switch_off, switch_on, why_kept
 from vardrop.weights.modules import (
     Noise,
     RandomWeights,
@@ -25,8 +24,6 @@ from vardrop.weights.posteriors import Posterior
 
 Where = str | Iterable[str] | Callable[[nn.Module, str], bool] | None
 
-_ELEMENTWISE = (nn.Identity, nn.Flatten, *(getattr(activation, name) for name in activation.__all__))
-_PLAIN_RATE = "vardrop_replaced_rate"  # on a dropout that is switched off: the p that restore_ gives back
 _NOT_SELECTED = "is not selected by where"
 
 
@@ -36,7 +33,8 @@ class Report:
 
     Attributes:
         converted: names of the modules whose weights are random now.
-        skipped: name -> reason, in a sentence, for every other module that has parameters of its own.
+        skipped: name -> reason, in a sentence, for every other module that has parameters of its own, and for dropout
+            in front of converted modules that is scheduled or learned, and stays.
         new_parameters: the noise parameters. An optimiser that exists already has not got them:
             ``optimizer.add_param_group({"params": report.new_parameters})``.
         replaced: name -> p of the dropout modules in front of converted ones, now switched off.
@@ -77,7 +75,8 @@ def convert_(model: nn.Module, config: Posterior, where: Where = None, replace_d
             None for all. A module with several names goes by any of them.
         replace_dropout: whether dropout modules right before a converted module of an ``nn.Sequential`` (activations
             between them do not count) are switched off; their p is where a rate starts that ``config`` leaves open.
-            One that also serves a module that is not converted stays on.
+            One that also serves a module that is not converted stays on, and so does one of ``vd.layers`` whose rate
+            is scheduled or learned, which the report says.
 
     Returns:
         A report: what was converted, what was left alone and why, the new parameters, the dropout replaced.
@@ -109,9 +108,12 @@ def convert_(model: nn.Module, config: Posterior, where: Where = None, replace_d
     selected = _selected(where, names)
     report = Report()
     chosen: list[nn.Module] = []
+    noisy = in_wrappers(model)
     for module, (name, *_) in names.items():
         shown = name or type(module).__name__
         reason = _why_not(module, module in selected)
+        if reason is None and id(module) in noisy:
+            reason = f"has the noise of {noisy[id(module)]} already; random weights would be noise upon noise"
         if reason is None:
             chosen.append(module)
             report.converted.append(shown)
@@ -122,8 +124,11 @@ def convert_(model: nn.Module, config: Posterior, where: Where = None, replace_d
         told = "; ".join(f"{name}: {reason}" for name, reason in reasons)
         raise ValueError(f"vardrop.convert_: nothing to convert. {told or 'The model has no parameters'}")
 
-    dropouts = _dropouts_before(model, {id(module) for module in chosen}) if replace_dropout else {}
-    rates = {dropout: getattr(dropout, _PLAIN_RATE, dropout.p) or None for dropout in dropouts.values()}  # 0 is none
+    dropouts = dropouts_before(model, {id(module) for module in chosen}) if replace_dropout else {}
+    kept = {id(dropout): why for dropout in dropouts.values() if (why := why_kept(dropout))}
+    report.skipped |= {names[dropout][0]: kept[id(dropout)] for dropout in dropouts.values() if id(dropout) in kept}
+    dropouts = {layer: dropout for layer, dropout in dropouts.items() if id(dropout) not in kept}
+    rates = {dropout: rate_of(dropout) or None for dropout in dropouts.values()}  # 0 is none
     made = {  # by the identity of the mean: tied weights share their noise
         id(mean): (Noise(other, geometry, ""), tensor) for _, mean, tensor, other, geometry in noisy_weights(model)
     }
@@ -141,10 +146,9 @@ def convert_(model: nn.Module, config: Posterior, where: Where = None, replace_d
             noise[name] = how._replace(key=f"{name}_{how.config.noise_name}")
             tensors[noise[name].key] = tensor
         attach(module, noise, tensors)
-        if dropout is not None and dropout.p > 0:
-            report.replaced[names[dropout][0]] = dropout.p
-            setattr(dropout, _PLAIN_RATE, dropout.p)
-            dropout.p = 0.0
+        if dropout is not None and rate_of(dropout) > 0 and not is_off(dropout):
+            report.replaced[names[dropout][0]] = rate_of(dropout)
+            switch_off(dropout)
     return report
 
 
@@ -170,9 +174,8 @@ def restore_(model: nn.Module) -> list[str]:
         if isinstance(module, RandomWeights):
             detach(module)
             restored.append(name or type(module).__name__)
-        if hasattr(module, _PLAIN_RATE):
-            module.p = getattr(module, _PLAIN_RATE)
-            delattr(module, _PLAIN_RATE)
+        if is_off(module):
+            switch_on(module)
     return restored
 
 
@@ -242,32 +245,3 @@ def _why_not(module: nn.Module, selected: bool) -> str | None:
     if getattr(module, "sparse", False):
         return "has sparse gradients, which its noise cannot have; set sparse=False"
     return None
-
-
-def _leaves(module: nn.Sequential) -> Iterator[nn.Module]:
-    """The modules of nested nn.Sequential containers in the order they run."""
-    for child in module:  # not children(), which leaves out repetitions
-        if type(child) is nn.Sequential:
-            yield from _leaves(child)
-        else:
-            yield child
-
-
-def _dropouts_before(model: nn.Module, chosen: set[int]) -> dict[int, _DropoutNd]:
-    """By the id of a chosen module: the dropout that an nn.Sequential runs right before it, and before nothing else."""
-    found: dict[int, _DropoutNd] = {}
-    needed: set[int] = set()
-    for container in model.modules():
-        if type(container) is not nn.Sequential:
-            continue
-        dropout: _DropoutNd | None = None
-        for child in _leaves(container):
-            if isinstance(child, _DropoutNd):
-                dropout = child
-            elif not isinstance(child, _ELEMENTWISE):
-                if dropout is not None and id(child) in chosen:
-                    found[id(child)] = dropout
-                elif dropout is not None and not isinstance(child, RandomWeights):
-                    needed.add(id(dropout))
-                dropout = None
-    return {module: dropout for module, dropout in found.items() if id(dropout) not in needed}

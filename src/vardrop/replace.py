@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from vardrop import rates, roles
-from vardrop.convert import _PLAIN_RATE, Where, _dropouts_before, _selected
+from vardrop.convert import Where, _selected
+from vardrop.dropouts_before import dropouts_before, is_off
 from vardrop.layers.base import source
 from vardrop.layers.concrete import ConcreteDropout
 from vardrop.layers.gaussian import GaussianDropout
+from vardrop.weights.modules import RandomWeights
 
 Make = Callable[[float], nn.Module]
 
@@ -25,6 +27,13 @@ _OF_CHANNELS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv1d: nn.Dropout1d,
     nn.Conv2d: nn.Dropout2d,
     nn.Conv3d: nn.Dropout3d,
+}
+# What shares a draw. nn.Dropout2d takes three dimensions for a batch of sequences, hence (2, 3): it is refused then.
+_SHARED: dict[type[nn.Module], tuple[int, ...]] = {
+    nn.Dropout: (),
+    nn.Dropout1d: (-1,),
+    nn.Dropout2d: (2, 3),
+    nn.Dropout3d: (-3, -2, -1),
 }
 
 
@@ -59,15 +68,22 @@ class _ConcreteBefore(ConcreteDropout):
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return self.noise(x, source(generator)) if self.training else x
 
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, before={self.layer}"
+
+    def _get_name(self) -> str:
+        return ConcreteDropout.__name__
+
 
 def replace_dropout_(
     model: nn.Module, kind: str | Make = "gaussian", where: Where = None, features: int | None = None
 ) -> ReplaceReport:
     """Swap the plain dropouts of a model, in place, for others that start at the same rate.
 
-    * ``"gaussian"``: :class:`vardrop.layers.GaussianDropout` at a fixed rate.
-    * ``"variational"``: the same with a learned rate. Its divergence counts the units that it acts on: the inputs of
-      the linear layer behind it in an ``nn.Sequential``, elsewhere ``features``.
+    * ``"gaussian"``: :class:`vardrop.layers.GaussianDropout` at a fixed rate; whole channels share a draw in place of
+      ``Dropout1d`` to ``3d``.
+    * ``"variational"``: the same with a learned rate. Its divergence counts the units, or channels, that it acts on:
+      those of the linear layer, or convolution, behind it in an ``nn.Sequential``, elsewhere ``features``.
     * ``"concrete"``: the noise of :class:`vardrop.layers.ConcreteDropout`, learned. Its divergence reads the weights of
       the layer behind it, so only dropout right before a linear layer, or ``Dropout1d`` to ``3d`` before a convolution,
       in an ``nn.Sequential`` is swapped; the layer keeps its name and its keys.
@@ -79,7 +95,7 @@ def replace_dropout_(
         model: any module that has dropout inside.
         kind: as above.
         where: which dropouts: a glob of names or several, or a predicate ``(module, name) -> bool``; None for all.
-        features: for ``"variational"``, the number of units where it cannot be read off the model.
+        features: for ``"variational"``, the number of units or channels where it cannot be read off the model.
 
     Returns:
         A report: what was replaced, what was left alone and why, the new parameters.
@@ -154,7 +170,7 @@ def _why_not(model: nn.Module, site: roles.Site, old: nn.Module, called: list[st
         return "is not selected by where"
     if old is model:
         return "is the model itself, which has no parent to put another module into"
-    if hasattr(old, _PLAIN_RATE):
+    if is_off(old):
         return "is switched off, as vd.convert_ has put its noise on the weights"
     if site.rate == 0:
         return "has p = 0: there is no rate to start from; vd.set_rates_ sets one"
@@ -183,7 +199,7 @@ def _layers_behind(model: nn.Module) -> dict[int, list[nn.Module]]:
     """By the id of a dropout: the layers that an nn.Sequential runs right behind it."""
     layers = {id(module): module for module in model.modules() if isinstance(module, _LAYERS)}
     behind: dict[int, list[nn.Module]] = {}
-    for layer, dropout in _dropouts_before(model, set(layers)).items():
+    for layer, dropout in dropouts_before(model, set(layers)).items():
         behind.setdefault(id(dropout), []).append(layers[layer])
     return behind
 
@@ -205,18 +221,31 @@ def _make(kind: str | Make, old: nn.Module, behind: list[nn.Module], features: i
                 "does not stand right before one nn.Linear, or as Dropout1d to 3d before one convolution, in an "
                 "nn.Sequential, whose weights its divergence reads"
             )
+        if isinstance(layer, RandomWeights):
+            return "stands before a layer whose weights are random: noise upon noise; vd.restore_ that first"
         return _ConcreteBefore(rates.learned(p), layer)
-    if type(old) is not nn.Dropout:
+    shared = _SHARED.get(type(old))
+    if shared is None:
         return f"its class {type(old).__name__} has other noise than independent units; give a function p -> module"
     if kind == "gaussian":
-        return GaussianDropout(p)
+        return GaussianDropout(p, shared=shared)
     if p > 0.5:
         return f"has p = {p:g}, and the alpha of variational dropout goes up to 1, a rate of 1/2"
-    layer = behind[0] if len(behind) == 1 else None
-    units = layer.in_features if isinstance(layer, nn.Linear) else features
+    units = _units(old, behind[0]) if len(behind) == 1 else None
     if units is None:
-        return "acts on a number of units that the model does not tell; pass features="
-    return GaussianDropout(rates.learned(p), features=int(units))
+        units = features
+    if units is None:
+        return f"acts on a number of {'channels' if shared else 'units'} that the model does not tell; pass features="
+    return GaussianDropout(rates.learned(p), features=units, shared=shared)
+
+
+def _units(dropout: nn.Module, layer: nn.Module) -> int | None:
+    """How many draws an example has, as the layer behind tells."""
+    if type(dropout) is nn.Dropout and isinstance(layer, nn.Linear):
+        return layer.in_features
+    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) and type(dropout) is _OF_CHANNELS.get(type(layer)):
+        return layer.in_channels
+    return None
 
 
 def _like(new: nn.Module, old: nn.Module, model: nn.Module) -> nn.Module:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from vardrop import config_fields, roles
-from vardrop.convert import _PLAIN_RATE
+from vardrop.dropouts_before import is_off
 from vardrop.layers.droppath import DropPath
 from vardrop.rates import Rated
 from vardrop.roles import Site
@@ -201,7 +201,7 @@ def _why_not(site: Site, new: float) -> str | None:
         return "has a learned rate; its p = ... sets where the rate is now"
     if isinstance(site.owner, Rated) and site.owner.schedule is not None:
         return "follows a schedule, whose next step would set it again"
-    if hasattr(site.owner, _PLAIN_RATE):
+    if site.owner is not None and is_off(site.owner):
         return "is switched off, as vd.convert_ has put its noise on the weights; vd.restore_ them first"
     return None
 

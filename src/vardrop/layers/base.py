@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vardrop.rates import Rate, Rated
 from vardrop.weights import estimators
+from vardrop.weights.modules import RandomWeights
 
 
 class Drop(Rated):
@@ -17,6 +18,10 @@ class Drop(Rated):
 
     Args:
         p: the rate; see :class:`vardrop.rates.Rated`.
+
+    Attributes:
+        off: whether there is no noise in training either. ``vd.convert_`` sets it where noise on weights has taken the
+            place of that of the layer, whose rate then stays what it was.
 
     Example:
         >>> import torch
@@ -29,6 +34,8 @@ class Drop(Rated):
         True
     """
 
+    off = False  # of the class, so that it is no entry of a checkpoint, and layers of older pickles have it
+
     def __init__(self, p: Rate = 0.5) -> None:
         super().__init__(p)
 
@@ -37,11 +44,23 @@ class Drop(Rated):
         raise NotImplementedError
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        if not self.training:
+        if not self.training or self.off:
             return x
         return self.noise(x, source(generator))
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", off" if self.off else "")
 
 
 def source(generator: torch.Generator | None) -> torch.Generator | None:
     """The generator that a layer draws from: the one it is given, or that of the estimator in force."""
     return estimators.current().generator if generator is None else generator
+
+
+def check_plain(layer: nn.Module, owner: str) -> None:
+    """Refuse to wrap a layer whose weights are random already."""
+    if any(isinstance(module, RandomWeights) for module in layer.modules()):
+        raise TypeError(
+            f"vardrop.{owner}: layer must have plain weights, got a {type(layer).__name__} whose weights are random, "
+            "which would be noise upon noise; vd.restore_ it first"
+        )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vardrop.functional import concrete
-from vardrop.layers.base import Drop, source
+from vardrop.layers.base import Drop, check_plain, source
 from vardrop.rates import Rate
 
 __all__ = ["ConcreteDropout"]
@@ -39,7 +39,7 @@ class ConcreteDropout(Drop):
         Whatever the layer takes and gives.
 
     Raises:
-        TypeError: for any other layer.
+        TypeError: for any other layer, or one whose weights are random.
         ValueError: for a negative ``length_scale`` or a ``temperature`` that is not above 0.
 
     Example:
@@ -66,6 +66,7 @@ class ConcreteDropout(Drop):
             raise ValueError(f"vardrop.ConcreteDropout: length_scale must be at least 0, got {length_scale}")
         if not temperature > 0:
             raise ValueError(f"vardrop.ConcreteDropout: its temperature must be above 0, got {temperature}")
+        check_plain(layer, "ConcreteDropout")
         self.layer = layer
         self.length_scale = length_scale
         self.temperature = temperature

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vardrop.functional import moments_linear
-from vardrop.layers.base import Drop, source
+from vardrop.layers.base import Drop, check_plain, source
 from vardrop.rates import Rate
 from vardrop.weights.noise import add_noise
 
@@ -32,7 +32,7 @@ class FastDropout(Drop):
         That of the linear layer.
 
     Raises:
-        TypeError: for any other layer.
+        TypeError: for any other layer, or one whose weights are random.
 
     Example:
         >>> import torch
@@ -54,6 +54,7 @@ class FastDropout(Drop):
                 f"vardrop.FastDropout: layer must be an nn.Linear, got {type(layer).__name__}; "
                 "vd.convert_(layer, vd.GaussianDropout(type='B')) does this for any layer that is linear in its weight"
             )
+        check_plain(layer, "FastDropout")
         self.layer = layer
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:

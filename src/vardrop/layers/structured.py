@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from vardrop.functional import drop, drop_types
-from vardrop.layers.base import Drop, source
+from vardrop.layers.base import Drop, check_plain, source
 from vardrop.rates import Rate
 
 __all__ = [
@@ -190,6 +190,7 @@ class DropConnect(Drop):
         Whatever the layer takes and gives.
 
     Raises:
+        TypeError: for a layer whose weights are random.
         ValueError: if no parameter matches.
 
     Example:
@@ -208,6 +209,7 @@ class DropConnect(Drop):
                 f"vardrop.DropConnect: weights must match a parameter of the layer ({', '.join(names) or 'none'}), got "
                 f"{weights!r}"
             )
+        check_plain(layer, "DropConnect")
         self.layer = layer
 
     def forward(self, *args: Any, generator: torch.Generator | None = None, **kwargs: Any) -> Any:
