@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 # than its passes one by one. An accelerator wants work in large pieces.
 _CACHE = 4 << 20
 _ACCELERATOR = 256 << 20
+_ROOM = 0.9  # of the memory that is allowed, for what grows a little faster than the passes
 
 
 def is_batched(x: Any) -> bool:
@@ -22,54 +23,69 @@ def is_batched(x: Any) -> bool:
     return isinstance(x, Tensor) and torch._C._functorch.is_batchedtensor(x)
 
 
-class Largest(TorchFunctionMode):
-    """The bytes of the largest tensor of a pass that noise has reached: what a chunk multiplies."""
+def for_cache(largest: int, device: torch.device) -> int:
+    """Passes at once by the size of the tensors alone, never by the clock: a seed has one answer.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
+    Args:
+        largest: bytes of one pass of the largest noisy tensor.
+        device: where they are made.
+    """
+    room = _CACHE if device.type == "cpu" else _ACCELERATOR
+    return max(1, room // max(1, largest))
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if is_batched(out):
-            self.bytes = max(self.bytes, out.numel() * out.itemsize)
-        return out
+
+def for_memory(allowed: int, held: int, needed: int, count: int) -> int:
+    """Passes at once so that their tensors fit.
+
+    Args:
+        allowed: bytes, for all there is beside the results.
+        held: bytes that stay whatever the chunk.
+        needed: the most bytes at one time, ``held`` among them, of a chunk ...
+        count: ... of so many passes.
+    """
+    each = (needed - held) / count  # and so what does not grow with the passes counts as if it did
+    return max(1, math.floor(_ROOM * (allowed - held) / each)) if each > 0 else count * 64
+
+
+def even(left: int, size: int) -> int:
+    """The size of the next chunk so that the chunks of what is left are equal, and at most ``size``."""
+    return math.ceil(left / math.ceil(left / size))
 
 
 class Peak(TorchDispatchMode):
-    """The most bytes that tensors made inside of it held at one time."""
+    """The most bytes that tensors made inside of it held at one time.
 
-    def __init__(self) -> None:
+    Args:
+        before: bytes that count too, from before.
+
+    Attributes:
+        now: bytes held.
+        most: at one time.
+        most_since: the same since the last :meth:`mark`.
+    """
+
+    def __init__(self, before: int = 0) -> None:
         super().__init__()
-        self.now = self.bytes = 0
+        self.now = self.most = self.most_since = before
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         out = func(*args, **(kwargs or {}))
-        before = {
-            tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)
-        }
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in before:
-                storage = tensor.untyped_storage()
-                if storage not in self._known:
-                    self._known.add(storage)
-                    self.now += storage.nbytes()
-                    weakref.finalize(storage, self._freed, storage.nbytes())
-        self.bytes = max(self.bytes, self.now)
+        for leaf in tree_leaves(out):
+            if not isinstance(leaf, Tensor):
+                continue
+            storage = leaf.untyped_storage()
+            if storage._cdata not in given and storage not in self._known:
+                self._known.add(storage)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage.nbytes())
+        self.most, self.most_since = max(self.most, self.now), max(self.most_since, self.now)
         return out
+
+    def mark(self) -> None:
+        """From here on counts ``most_since``."""
+        self.most_since = self.now
 
     def _freed(self, size: int) -> None:
         self.now -= size
-
-
-def choose(samples: int, largest: int, device: torch.device | None) -> int:
-    """Passes at once: a function of sizes alone, never of the clock, so that a seed has one answer.
-
-    Args:
-        samples: all there are to make.
-        largest: bytes of the largest noisy tensor of one pass.
-        device: where they are made.
-    """
-    room = _CACHE if device is None or device.type == "cpu" else _ACCELERATOR
-    return max(1, min(samples, room // max(1, largest)))

@@ -1,12 +1,13 @@
 """Noisy passes of a model over one batch: many at once under vmap, or one by one where it refuses.
 
 Under ``vmap(randomness="different")`` a tensor has no axis of passes until noise reaches it. So what stands before the
-first noise runs once for all passes, in any network and without knowing it.
+first noise runs once for a chunk of passes, in any network and without knowing it; and :mod:`.prefix` keeps it from the
+first chunk for the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,9 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from vardrop.prediction import chunks, seeds
+from vardrop.prediction.prefix import Prefix
 from vardrop.prediction.structure import Call, Select, named
 
 Outputs = dict[str, Tensor]  # name -> [passes, N, ...]
+Named = tuple[str, Outputs]  # and the name of the main one
+Take = Callable[[Outputs], None]
+_WAITING, _STACK = 32, 1 << 20  # passes, and entries of outputs, that the loop hands on together at most
 
 
 class Refused(Exception):  # noqa: N818 - an answer, not an error: the loop can
@@ -26,12 +31,20 @@ class Refused(Exception):  # noqa: N818 - an answer, not an error: the loop can
 class Engine:
     """Makes the passes, and remembers over the batches of one prediction what worked.
 
+    Args:
+        model: it is called under :func:`vardrop.stochastic`, without gradients.
+        select: the main output, see :func:`.structure.named`.
+        engine: ``"auto"``, ``"vmap"`` or ``"loop"``.
+        chunk: passes at once; None to choose.
+        max_memory: bytes for the tensors of the passes, or None.
+
     Attributes:
         name: ``"vmap"`` or ``"loop"``, what runs now.
         chunk: the most passes made at once so far.
         reason: why it is the loop.
         main: the name of the main output.
-        reached: whether noise reached the main output; None where that is not known before passes are compared.
+        silent: whether it is known that no random operation reaches the main output.
+        answered: calls of torch functions that were not carried out again, as they stand before the noise.
     """
 
     def __init__(
@@ -39,77 +52,141 @@ class Engine:
     ) -> None:
         self.model, self.select = model, select
         self.name = "loop" if engine == "loop" else "vmap"
+        self.reason = "it was asked for" if engine == "loop" else ""
         self.may_fall_back = engine == "auto"
-        self.reason = "asked for" if engine == "loop" else ""
-        self.asked, self.max_memory = chunk, max_memory
         self.chunk = 1
         self.main = ""
-        self.reached: bool | None = None
-        self._sizes: dict[tuple[Any, ...], int] = {}  # shapes of a batch -> its chunk
+        self.silent = False
+        self.answered = 0
+        self._asked, self._max_memory = chunk, max_memory
+        self._sizes: dict[Any, int] = {}  # shapes of a batch -> passes at once
+        self._keeps_prefix = True
 
-    def passes(self, call: Call, samples: int) -> Iterator[Outputs]:
-        """All passes over a batch, in pieces."""
-        yield from (self._vmap if self.name == "vmap" else self._loop)(call, samples)
+    def run(self, call: Call, samples: int, take: Take) -> None:
+        """Make all passes over a batch, and hand them on in pieces."""
+        (self._vmap if self.name == "vmap" else self._loop)(call, samples, take)
 
-    def fall_back(self, why: Refused) -> None:
+    def fall_back(self, why: str) -> None:
         """From here on one by one."""
-        self.name, self.reason, self.chunk, self.reached = "loop", str(why), 1, None
+        self.name, self.reason, self.chunk, self.silent, self._keeps_prefix = "loop", why, 1, False, True
+
+    def shrink(self) -> bool:
+        """Half as many passes at once, after the memory was too small; False if that is not possible."""
+        if self.name == "loop" or self._asked is not None or self.chunk == 1:
+            return False
+        self._sizes = {shape: max(1, min(size, self.chunk) // 2) for shape, size in self._sizes.items()}
+        self.chunk = 1
+        return True
 
     # ------------------------------------------------------------------------------------------------------- vmap
 
-    def _vmap(self, call: Call, samples: int) -> Iterator[Outputs]:
+    def _vmap(self, call: Call, samples: int, take: Take) -> None:
         shape = _shape(call)
-        done = 0
-        if self.asked is None and shape not in self._sizes:
-            largest = chunks.Largest()
-            before = seeds.foreign()
-            with largest:
-                first = self._at_once(call, 1)
-            if seeds.foreign() != before:
-                raise Refused(
-                    "the model draws from Python's or numpy's random numbers, which vmap would draw once for all"
-                )
-            yield first
-            done = 1
-            device = next(iter(first.values())).device
-            self._sizes[shape] = chunks.choose(samples, largest.bytes, device)
-        size = self.asked or self._sizes[shape]
-        while done < samples:
-            count = min(size, samples - done)
-            self.chunk = max(self.chunk, count)
-            yield self._at_once(call, count)
+        size = self._asked or self._sizes.get(shape)
+        prefix, done = Prefix(batched=True), 0
+        trial = 1 if size is None else 0  # passes of the next chunk, while it is being found out how many there can be
+        while done < samples and not self.silent:
+            count = min(trial, samples - done) if trial else chunks.even(samples - done, size or 1)
+            last = done + count == samples
+            with self._memory(call, prefix, count, measure=trial > 0 or done == 0) as memory:
+                piece = self._at_once(call, count, None if last and not done else prefix)
+                place = piece[self.main].device
+                take(piece)
+                del piece
             done += count
+            self.chunk = max(self.chunk, count)
+            if trial:
+                size = min(samples, chunks.for_cache(prefix.largest, place))
+                if memory is not None and self._max_memory is not None:
+                    size = min(size, chunks.for_memory(self._max_memory, prefix.held(), memory.most_since, count))
+                trial = 2 if trial == 1 and memory is not None and size > 1 else 0  # one pass has no strides of its own
+                self._sizes[shape] = size
+        self.answered += prefix.answered
 
-    def _at_once(self, call: Call, count: int) -> Outputs:
+    def _at_once(self, call: Call, count: int, prefix: Prefix | None) -> Outputs:
         def one(_: Tensor) -> Outputs:
-            self.main, found = named(self.model(*call.args, **call.kwargs), self.select)
-            self.reached = chunks.is_batched(found[self.main])
+            self.main, found = self._with(prefix, lambda: named(self.model(*call.args, **call.kwargs), self.select))
+            self.silent = not chunks.is_batched(found[self.main])
             return found
 
+        before = seeds.foreign()
         try:
             with _no_slow_rules():
-                return torch.vmap(one, randomness="different")(torch.empty(count))
+                found = torch.vmap(one, randomness="different")(torch.empty(count))
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             raise Refused(_in_short(error)) from error
+        if seeds.foreign() != before:
+            raise Refused("the model draws from Python's or numpy's random numbers, which know nothing of vmap")
+        return found
 
     # ------------------------------------------------------------------------------------------------------- loop
 
-    def _loop(self, call: Call, samples: int) -> Iterator[Outputs]:
+    def _loop(self, call: Call, samples: int, take: Take) -> None:
+        prefix = Prefix(batched=False)
         waiting: list[Outputs] = []
         for index in range(samples):
-            self.main, found = named(self.model(*call.args, **call.kwargs), self.select)
-            waiting.append(found)
-            size = sum(tensor.numel() for tensor in found.values()) * len(waiting)
-            if index + 1 == samples or len(waiting) == 32 or size > 1 << 20:
-                yield {name: torch.stack([each[name] for each in waiting]) for name in found}
+            before = seeds.foreign() if index < 2 else None
+            with self._memory(call, prefix, 1, measure=index == 0):
+                self.main, found = self._with(prefix, lambda: named(self.model(*call.args, **call.kwargs), self.select))
+                waiting.append(found)
+            if index < 2 and seeds.foreign() != before:
+                prefix.forget()
+                prefix.random = True
+            if index == 1 and not prefix.random:
+                self.silent = torch.equal(waiting[0][self.main], waiting[1][self.main])
+            size = sum(tensor.numel() for tensor in waiting[-1].values()) * (len(waiting) + 1)
+            if index and (index + 1 == samples or self.silent or len(waiting) == _WAITING or size > _STACK):
+                take({name: torch.stack([each[name] for each in waiting]) for name in waiting[0]})
                 waiting = []
+            if self.silent:
+                return
+        self.answered += prefix.answered
+
+    # ------------------------------------------------------------------------------------------------------- both
+
+    def _with(self, prefix: Prefix | None, passes: Callable[[], Named]) -> Named:
+        """Some passes with what was noted before; in full if the notes do not fit."""
+        if prefix is None or not self._keeps_prefix:
+            return passes()
+        try:
+            with prefix:
+                found = passes()
+        except Exception:
+            if not prefix.deviated:
+                raise
+        if not prefix.deviated:
+            return found
+        self._keeps_prefix = False
+        prefix.forget()
+        return passes()
+
+    @contextmanager
+    def _memory(self, call: Call, prefix: Prefix, count: int, measure: bool) -> Iterator[chunks.Peak | None]:
+        """What the passes inside take at one time, if there is a bound; refused if it is too much."""
+        if self._max_memory is None or not measure:
+            yield None
+            return
+        held = prefix.held()
+        with chunks.Peak(held) as peak:
+            prefix.at_noise = peak.mark
+            yield peak
+        if peak.most > self._max_memory and (count == 1 or self._asked is not None):
+            passes = "one pass" if count == 1 else f"chunk={count} passes"
+            examples = next(
+                (len(v) for v in (*call.args, *call.kwargs.values()) if isinstance(v, Tensor) and v.ndim), 0
+            )
+            raise ValueError(
+                f"vardrop.mc_predict: max_memory must have room for {passes} over a batch of {examples} examples, "
+                f"which take {peak.most:,} bytes, got {self._max_memory:,}; give more, or smaller batches"
+            )
 
 
 def _shape(call: Call) -> tuple[Any, ...]:
     """What the size of the activations depends on, as far as the arguments tell."""
-    return tuple(
-        (tuple(value.shape), value.dtype) for value in (*call.args, *call.kwargs.values()) if isinstance(value, Tensor)
-    )
+    arguments = (*call.args, *call.kwargs.values())
+    return tuple((tuple(value.shape), value.dtype) for value in arguments if isinstance(value, Tensor))
 
 
 @contextmanager

@@ -147,46 +147,92 @@ def _batch(
     noise: Any,
     bar: Bar,
 ) -> dict[str, Summary]:
-    """All passes over one batch; from the start again, one by one, if vmap refuses."""
-    kind, class_dim, keep = about
-    seeds.sow(seed, devices)
-    collectors: dict[str, Collector] = {}
-    first: Tensor | None = None
-    varies = False
-    try:
-        for piece in runner.passes(call, samples):
-            main = piece[runner.main]
-            if first is None:
-                first = main[0]
-            if runner.reached is False:
-                break
-            varies = varies or not bool((main == first).all())
-            for name, tensor in piece.items():
-                if name not in collectors:
-                    collectors[name] = Collector(kind if name == runner.main else None, class_dim, keep)
-                collectors[name].add(tensor)
-            bar.advance(len(main))
-    except Refused as why:
-        if not runner.may_fall_back:
+    """All passes over one batch; from the start again if vmap refuses, or wants more memory than there is."""
+    while True:
+        seeds.sow(seed, devices)
+        collected = _Collected(runner, about, bar)
+        try:
+            runner.run(call, samples, collected.take)
+            break
+        except Refused as why:
+            if not runner.may_fall_back:
+                raise RuntimeError(
+                    f"vardrop.mc_predict: engine='vmap' must be able to run the model, but {why}; use engine='auto'"
+                ) from why.__cause__
+            runner.fall_back(str(why))
+        except torch.OutOfMemoryError:
+            if not runner.shrink():
+                raise
+    return collected.summaries(noise, samples)
+
+
+class _Collected:
+    """The passes over one batch as they come in, and whether they vary."""
+
+    def __init__(self, runner: Engine, about: tuple[str | None, int, bool], bar: Bar) -> None:
+        self.runner, self.about, self.bar = runner, about, bar
+        self.collectors: dict[str, Collector] = {}
+        self.first: Tensor | None = None
+        self.varies = False
+
+    def take(self, piece: dict[str, Tensor]) -> None:
+        name = self.runner.main
+        main = piece[name]
+        if self.first is None:
+            if main.ndim < 2:
+                raise ValueError(
+                    "vardrop.mc_predict: the output must have the examples on its first axis, got a tensor without axes"
+                    "; choose another with select="
+                )
+            if not main.is_floating_point():
+                raise TypeError(
+                    f"vardrop.mc_predict: the output must be floating point, got {main.dtype}; let the model return "
+                    "its scores, not its choice, or choose another output with select="
+                )
+            self.first = main[0].clone()
+        self.varies = self.varies or not torch.equal(main, self.first.expand_as(main))
+        kind, class_dim, keep = self.about
+        for key, tensor in piece.items():
+            if key not in self.collectors:
+                self.collectors[key] = Collector(kind if key == name else None, class_dim, keep)
+            self.collectors[key].add(tensor)
+        self.bar.advance(len(main))
+
+    def summaries(self, noise: Any, samples: int) -> dict[str, Summary]:
+        """What is left of the passes; refused if they were all the same, or are not numbers."""
+        if self.runner.silent or not (self.varies or self.first is None or self.first.numel() == 0):
             raise RuntimeError(
-                f"vardrop.mc_predict: engine='vmap' must be able to run the model, but {why}; use engine='auto'"
-            ) from why.__cause__
-        runner.fall_back(why)
-        return _batch(runner, call, samples, about, seed, devices, noise, bar)
-    if not varies and first is not None and first.numel():
-        raise RuntimeError(probe.reason(noise.sources, noise.left_off, samples, runner.reached))
-    return {name: collector.summary() for name, collector in collectors.items()}
+                probe.reason(self.runner.model, noise.sources, noise.left_off, samples, self.runner.silent)
+            )
+        found = {name: collector.summary() for name, collector in self.collectors.items()}
+        wrong = found[self.runner.main].mean.isnan()
+        if bool(wrong.any()):
+            examples = int(wrong.flatten(1).any(1).sum()) if wrong.ndim > 1 else int(wrong.sum())
+            raise ValueError(
+                f"vardrop.mc_predict: outputs must be numbers, got nan for {examples} of {len(wrong)} examples; look "
+                "at the inputs, and at the model in evaluation"
+            )
+        return found
 
 
 def _prediction(
     runner: Engine, whole: dict[str, list[Summary]], samples: int, outputs: str | None, class_dim: int, noise: Any
 ) -> Prediction:
-    main = joined(whole[runner.main])
-    others = {
-        name: Prediction(joined(parts), samples, name=name) for name, parts in whole.items() if name != runner.main
-    }
+    """The answer, with the other outputs beside the main one."""
+    examples = [len(part.mean) for part in whole[runner.main]]
+    others, left_off = {}, {}
+    for name, parts in whole.items():
+        if name == runner.main:
+            continue
+        try:
+            fits = [part.mean.shape[:1] == (count,) for part, count in zip(parts, examples, strict=True)]
+            if len(parts) > 1 and not all(fits):
+                raise ValueError("its first axis is not that of the examples, so batches of it have no order")
+            others[name] = Prediction(joined(parts), samples, name=name)
+        except (ValueError, RuntimeError) as error:
+            left_off[name] = str(error).splitlines()[0]
     return Prediction(
-        main,
+        joined(whole[runner.main]),
         samples,
         outputs,
         class_dim,
@@ -196,4 +242,5 @@ def _prediction(
         runner.main,
         tuple(source.name for source in noise.sources),
         others,
+        left_off,
     )
