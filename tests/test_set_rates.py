@@ -169,10 +169,40 @@ def test_block_sets_dropblock() -> None:
     model = timm.create_model("resnet18", num_classes=3, drop_block_rate=0.1, zero_init_last=False)
     report = vd.set_rates_(model, block=0.2)
     assert report.set["layer4.0.drop_block"] == (0.1, 0.2)
-    assert report.skipped["layer1.0.drop_block"].startswith("was built without this dropout")
+    assert report.set["layer1.0.drop_block"] == (0.0, 0.2)
+    assert type(model.layer1[0].drop_block) is layers.DropBlock2d
     model.train()
     x = torch.randn(2, 3, 64, 64)
     assert not torch.equal(run(model, (x,)), run(model, (x,)))
+
+
+def test_empty_places_for_dropblock_are_filled() -> None:
+    model, inputs = architectures.ALL["resnet18"]()
+    state = model.state_dict()
+    report = vd.set_rates_(model, block=lambda index, depth: 0.1 if index >= depth // 2 else 0.0)
+    assert sorted(report.set) == [f"layer{stage}.{i}.drop_block" for stage in (3, 4) for i in range(2)]
+    assert repr(model.layer4[1].drop_block) == "DropBlock2d(p=0.1, block_size=7)"
+    assert type(model.layer1[0].drop_block) is nn.Identity
+    model.load_state_dict(state)
+    model.train()
+    assert architectures.logits(model(*inputs)).isfinite().all()
+    assert vd.set_rates_(model, block=0.0).set["layer4.0.drop_block"] == (pytest.approx(0.1), 0.0)
+
+
+def test_places_for_dropblock_without_a_convolution_beside_them_are_left_empty() -> None:
+    class Block(nn.Module):
+        def __init__(self, *convolutions: nn.Module) -> None:
+            super().__init__()
+            self.drop_block = nn.Identity()
+            self.convolutions = nn.ModuleList(convolutions)
+            for index, convolution in enumerate(convolutions):
+                setattr(self, f"conv{index}", convolution)
+
+    model = nn.ModuleList([Block(), Block(nn.Conv1d(1, 1, 1)), Block(nn.Conv1d(1, 1, 1), nn.Conv2d(1, 1, 1))])
+    report = vd.set_rates_(model, block=0.1)
+    assert list(report.set) == ["1.drop_block"]
+    assert type(model[1].drop_block) is layers.DropBlock1d
+    assert all(report.skipped[f"{i}.drop_block"].startswith("was built without this dropout") for i in (0, 2))
 
 
 def test_our_own_layers_have_roles() -> None:
@@ -321,6 +351,10 @@ def test_what_cannot_be_set_has_a_reason() -> None:
 
 def test_missing_says_why() -> None:
     model, _ = architectures.ALL["resnet18"]()
+    scheduled = layers.DropBlock2d(vd.rates.linear(0.0, 0.1, steps=2))
+    for module in model.modules():
+        if hasattr(module, "drop_block"):
+            module.drop_block = scheduled
     report = vd.set_rates_(model, head=0.1, block=0.1, path=0.0)
     assert report.missing == {
         "block": "all that the model has are left alone",

@@ -10,6 +10,7 @@ from torch import nn
 
 from vardrop import config_fields, roles
 from vardrop.dropouts_before import is_off
+from vardrop.layers.dropblock import DropBlock1d, DropBlock2d, DropBlock3d
 from vardrop.layers.droppath import DropPath
 from vardrop.rates import Rated
 from vardrop.roles import Site
@@ -73,7 +74,9 @@ def set_rates_(
     Modules, numbers that a forward hands to a function, and the fields of a Hugging Face config alike. The table
     ``vardrop.roles.TABLE`` says which dropout plays which role; what it does not know keeps its rate and is listed. A
     branch that was built without DropPath (timm puts an ``nn.Identity`` there) gets a :class:`vardrop.layers.DropPath`
-    where its rate is to be above 0.
+    where its rate is to be above 0, and an ``nn.Identity`` called ``drop_block`` behind convolutions a
+    :class:`vardrop.layers.DropBlock2d` (1d, 3d) of the paper's block size, 7. The paper has DropBlock in the last two
+    stages of a ResNet only, which ``block=lambda index, depth: ...`` can say.
 
     A rate is a number, or a function ``(index, depth) -> rate`` of the layer, 0 to depth - 1, among those layers that
     have a dropout of this role.
@@ -193,8 +196,7 @@ def _why_not(site: Site, new: float) -> str | None:
     if site.owner is None:
         if new == 0:
             return ""
-        made = site.role == "path" and re.search(r"drop_path\d*$", site.name)
-        return None if made else "was built without this dropout; build the model with its rate above 0"
+        return None if _new(site, new) else "was built without this dropout; build the model with its rate above 0"
     if isinstance(site.owner, nn.RNNBase) and site.owner.num_layers == 1 and new > 0:
         return "has one layer, and drops between layers only"
     if isinstance(site.owner, Rated) and site.owner.is_learned:
@@ -210,6 +212,21 @@ def _set(site: Site, new: float) -> None:
     if site.owner is not None:
         setattr(site.owner, site.attribute, new)
     elif site.holder is not None:
-        layer = DropPath(new).train(site.holder.training)
+        layer = _new(site, new)
         device = next((p.device for p in site.holder.parameters()), None)
-        setattr(site.holder, site.name.rpartition(".")[2], layer.to(device))
+        if layer is not None:
+            setattr(site.holder, site.name.rpartition(".")[2], layer.train(site.holder.training).to(device))
+
+
+_BLOCKS = ((nn.Conv1d, DropBlock1d), (nn.Conv2d, DropBlock2d), (nn.Conv3d, DropBlock3d))
+
+
+def _new(site: Site, p: float) -> nn.Module | None:
+    """A layer for an empty place; None where it is not certain which."""
+    if site.role == "path" and re.search(r"drop_path\d*$", site.name):
+        return DropPath(p)
+    if site.role == "block" and site.kind == "Identity" and site.holder is not None:
+        kinds = [block for conv, block in _BLOCKS if any(isinstance(child, conv) for child in site.holder.children())]
+        if len(kinds) == 1 and re.search(r"drop_block\d*$", site.name):
+            return kinds[0](p)
+    return None
