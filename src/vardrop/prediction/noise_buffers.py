@@ -51,11 +51,10 @@ def put_back(kept: Iterable[Kept]) -> list[str]:
         now = module._buffers.get(key)
         if now is not None and (now.device, now.dtype, now.shape) != (buffer.device, buffer.dtype, buffer.shape):
             continue
-        if version is None or _version(buffer) != version:
-            if not _same(buffer, copy):
-                changed[shown] = None
-                with torch.inference_mode(buffer.is_inference()):
-                    buffer.copy_(copy)
+        if (version is None or _version(buffer) != version) and not _same(buffer, copy):
+            changed[shown] = None
+            with torch.inference_mode(buffer.is_inference()):
+                buffer.copy_(copy)
         if now is not buffer:
             changed[shown] = None
             module._buffers[key] = buffer

@@ -11,8 +11,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._C import _len_torch_function_stack
+from torch._C._functorch import CVmapInterpreterPtr, RandomnessType, TransformType
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode, _len_torch_function_stack, _pop_mode, _push_mode
+from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from vardrop.functional import drop
 from vardrop.weights.random_weight import _run_body
@@ -118,13 +120,16 @@ def _dropout(mode: NoiseMode, func: Any, args: Args, kwargs: Kwargs) -> Any:
         if p == 0 or not mode.turns_on():
             return func(*args, **kwargs)
         kwargs = {**kwargs, "training": True}
-    shared = _SHARED.get(func)
-    if shared is None or kwargs["inplace"] or not 0 < p < 1 or not _is_plain(x) or (shared and x.ndim != shared):
+    dimensions = _DIMENSIONS.get(func)
+    if dimensions is None or kwargs["inplace"] or not 0 < p < 1 or not _is_plain(x):
         return func(*args, **kwargs)
-    return drop(x, p, shared=range(2, shared))
+    if dimensions not in (0, x.ndim) or (not torch.compiler.is_compiling() and _passes() * x.numel() < _SMALL):
+        return func(*args, **kwargs)
+    return drop(x, p, shared=range(2, dimensions))
 
 
-_SHARED = {F.dropout: 0, F.dropout1d: 3, F.dropout2d: 4, F.dropout3d: 5}  # dimensions of a batch; 0: any
+_SMALL = 2048  # units, below which torch's masks cost less
+_DIMENSIONS = {F.dropout: 0, F.dropout1d: 3, F.dropout2d: 4, F.dropout3d: 5}  # dimensions of a batch; 0: any
 
 
 def _torch_dropout(mode: NoiseMode, func: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -145,13 +150,95 @@ def _attention(mode: NoiseMode, func: Any, args: Args, kwargs: Kwargs) -> Any:
 
 
 def _fused_attention(mode: NoiseMode, func: Any, args: Args, kwargs: Kwargs) -> Any:
-    """scaled_dot_product_attention; without dropout it is looked at who calls it."""
+    """scaled_dot_product_attention: with dropout in plain steps where that is faster, or the only way.
+
+    torch takes the same steps on a CPU, with slower masks, and under vmap it refuses. Without dropout it is noted who
+    has called.
+    """
     rate = args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)
-    if rate == 0 and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return func(*args, **kwargs)
+    if rate == 0:
         found = mode.caller()
         if found is not None and not found[0].is_on(found[1]):
             found[0].saw_attention_without_dropout(found[1])
+    elif 0 < rate < 1 and all(map(_is_plain, args[:3])) and (args[0].device.type == "cpu" or _transform() is not None):
+        return attention(*args, **kwargs)
     return func(*args, **kwargs)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """What ``scaled_dot_product_attention`` computes, one operation at a time.
+
+    Args:
+        query: ``[..., heads, queries, features]``.
+        key: ``[..., heads, keys, features]``; with ``enable_gqa`` a divisor of the heads.
+        value: ``[..., heads, keys, values]``; as many heads as ``key``.
+        attn_mask: true where a query sees a key, or numbers to add; broadcast to ``[..., heads, queries, keys]``.
+        dropout_p: rate of dropout on the attention weights.
+        is_causal: whether a query sees keys up to its own place only.
+        scale: of the products; 1 / √features if None.
+        enable_gqa: whether several heads of queries share one of keys and values.
+    """
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+    weights = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.mT
+    hidden = attn_mask is not None or is_causal
+    if is_causal:
+        sees = torch.ones(weights.shape[-2:], dtype=torch.bool, device=weights.device).tril()
+        weights = weights.masked_fill(~sees, -torch.inf)
+    if attn_mask is not None:
+        is_bool = attn_mask.dtype == torch.bool
+        weights = weights.masked_fill(~attn_mask, -torch.inf) if is_bool else weights + attn_mask
+    probabilities = torch.softmax(weights, -1)
+    if hidden:  # a query that sees nothing gets nothing
+        probabilities = probabilities.masked_fill((weights == -torch.inf).all(-1, keepdim=True), 0.0)
+    return drop(probabilities.to(value.dtype), dropout_p) @ value
+
+
+def _recurrent(mode: NoiseMode, func: Any, args: Args, kwargs: Kwargs) -> Any:
+    """LSTM, GRU and RNN: vmap sees one operation without anything to batch, and would draw one mask for all samples."""
+    packed = isinstance(args[1], Tensor) and not args[1].is_floating_point()
+    rate, train = args[5 + packed], args[6 + packed]
+    if rate > 0 and train and _transform() is not None:
+        raise RuntimeError(
+            f"vardrop.stochastic: the dropout inside of {func.__name__} must not be used under vmap, which draws one "
+            f"mask for all samples, got p = {rate:g}; run the passes one by one"
+        )
+    return func(*args, **kwargs)
+
+
+def _fresh(mode: NoiseMode, func: Any, args: Args, kwargs: Kwargs) -> Any:
+    """An empty tensor under vmap, one for every sample: else a mask that is drawn in place could not be random."""
+    x = func(*args, **kwargs)
+    transform = _transform()
+    if transform is None or transform.key() != TransformType.Vmap or not _is_plain(x):
+        return x
+    if CVmapInterpreterPtr(transform).randomness() != RandomnessType.Different:
+        return x
+    return torch.randint(1, x.shape, dtype=x.dtype, device=x.device, requires_grad=x.requires_grad)
+
+
+def _passes() -> int:
+    """How many passes vmap carries out at once."""
+    transform = _transform()
+    if transform is None or transform.key() != TransformType.Vmap:
+        return 1
+    return int(CVmapInterpreterPtr(transform).batchSize())
+
+
+def _transform() -> Any:
+    """The innermost transform of torch.func that is going on."""
+    return torch._C._functorch.peek_interpreter_stack()
 
 
 def _norm(mode: NoiseMode, func: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -183,6 +270,8 @@ _HANDLED: dict[Any, Callable[[NoiseMode, Any, Args, Kwargs], Any]] = {
     ),
     _MHA: _attention,
     F.scaled_dot_product_attention: _fused_attention,
+    **dict.fromkeys((torch.empty, torch.empty_like, Tensor.new_empty), _fresh),
+    **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _recurrent),
     F.batch_norm: _norm,
     F.instance_norm: _norm,
 }

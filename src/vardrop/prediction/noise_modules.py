@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from vardrop.prediction.noise_code import uses_of_training
+from vardrop.prediction.noise_code import Use, uses_of_training
 from vardrop.rates import Rated
 from vardrop.roles import rate_attribute
 from vardrop.weights import estimators
@@ -47,9 +47,10 @@ class Survey(NamedTuple):
 
 
 class _Verdict(NamedTuple):
+    """Whether a flag goes on, the kinds and rates of the noise there is, and why it stays off."""
+
     on: bool = False
-    kind: str | None = None  # None: it is no source of noise
-    rate: float | None = None
+    noise: tuple[tuple[str, float | None], ...] = ()
     why_off: str | None = None
 
 
@@ -66,13 +67,14 @@ def survey(model: nn.Module) -> Survey:
         verdict = _judge(module)
         if verdict.on:
             found.on[module] = shown
-        if verdict.kind is not None:
-            found.sources.append(Source(shown, verdict.kind, verdict.rate))
+        found.sources.extend(Source(shown, kind, rate) for kind, rate in verdict.noise)
         if verdict.why_off is not None:
             found.left_off[shown] = verdict.why_off
     for name, module in named:  # their fused kernels know no noise, and look at their own flag only
-        if isinstance(module, _FUSED) and any(inner in found.on for inner in module.modules()):
+        if isinstance(module, _FUSED) and not _other_use(module) and any(m in found.on for m in module.modules()):
             found.on.setdefault(module, name or _class_name(module))
+    if isinstance(model, torch.jit.ScriptModule):
+        found.left_off[_class_name(model)] = "it is TorchScript, where only dropouts that are modules can be switched"
     if estimators.current().name == "none":
         for name in [source.name for source in found.sources if source.kind == _RANDOM_WEIGHT]:
             found.left_off[name] = "its weights are at their means, as the estimator in force is 'none'"
@@ -81,61 +83,70 @@ def survey(model: nn.Module) -> Survey:
 
 
 _RANDOM_WEIGHT = "random weight"
+_MORE_THAN_NOISE = "its code also does something else in training: "
 
 
 def _judge(module: nn.Module) -> _Verdict:
     kind = _class_name(module)
     if isinstance(module, RandomWeights):
-        return _Verdict(True, _RANDOM_WEIGHT)
+        return _Verdict(True, ((_RANDOM_WEIGHT, None), *_of_torch(module).noise))
     if isinstance(module, Rated):
-        rate = module.p
-        return _Verdict(True, kind if rate > 0 or module.is_learned else None, rate)
+        return _Verdict(True, ((kind, module.p),) if module.p > 0 else ())
     if _SHORTENS.search(kind):
-        rate = _rate(module)
-        return _Verdict(why_off=None if rate == 0 else "drops tokens, which changes the shape of what follows")
-    verdict = _of_torch(module) or _of_code(module, kind)
-    if verdict.on and type(module).__module__.split(".")[0] != "torch" and not isinstance(module, torch.jit.ScriptModule):
-        other = _other_use(module)
-        if other is not None:
-            return _Verdict(why_off=f"its code also does something else in training: {other}")
-    return verdict
+        return _Verdict(why_off=None if _rate(module) == 0 else "it drops tokens, and shapes would change")
+    verdict = _of_torch(module)
+    if type(module).__module__.startswith("torch.nn."):
+        return verdict
+    if not verdict.on:
+        return _of_code(module, kind)
+    other = _other_use(module)  # a subclass may do something else
+    return _Verdict(why_off=_MORE_THAN_NOISE + other) if other else verdict
 
 
-def _of_torch(module: nn.Module) -> _Verdict | None:
-    """Modules of torch, and their subclasses."""
+def _of_torch(module: nn.Module) -> _Verdict:
+    """Modules of torch, and those of a class that is derived from one."""
     if isinstance(module, _DropoutNd):
-        return _Verdict(True, _class_name(module) if module.p > 0 else None, module.p)
+        return _Verdict(True, ((_class_name(module), module.p),) if module.p > 0 else ())
     if isinstance(module, nn.RReLU):
-        return _Verdict(True, "RReLU" if module.lower < module.upper else None)
-    if isinstance(module, nn.MultiheadAttention):
-        return _Verdict(module.dropout > 0, "attention dropout" if module.dropout > 0 else None, module.dropout)
-    if isinstance(module, nn.RNNBase):
-        drops = module.dropout > 0 and module.num_layers > 1
-        return _Verdict(drops, "recurrent dropout" if drops else None, module.dropout)
-    return None
+        return _Verdict(True, (("RReLU", None),) if module.lower < module.upper else ())
+    if isinstance(module, nn.MultiheadAttention) and module.dropout > 0:
+        return _Verdict(True, (("attention dropout", module.dropout),))
+    if isinstance(module, nn.RNNBase) and module.dropout > 0 and module.num_layers > 1:
+        return _Verdict(True, (("recurrent dropout", module.dropout),))
+    return _Verdict()
 
 
 def _of_code(module: nn.Module, kind: str) -> _Verdict:
     """Modules of other people: by what their code says, and by their name where it cannot be read."""
-    if type(module).__module__.startswith("torch.nn."):
-        return _Verdict()
     uses = None if isinstance(module, torch.jit.ScriptModule) else uses_of_training(type(module))
     if uses is None:
         return _unreadable(module, kind)
-    noise = [use for use in uses if use.kind != "else" and use.is_active(module) and use.rate(module) != 0]
-    if not noise:
-        return _Verdict()
-    rate = max((rate for use in noise if (rate := use.rate(module)) is not None), default=None)
-    rate = _rate(module) if rate is None else rate
-    if rate == 0:
-        return _Verdict()
+    active = [use for use in uses if use.is_active(module) and use.rate(module) != 0]
+    noise = [use for use in active if use.kind != "else"]
+    other = [use for use in active if use.kind == "else"]
     if rate_attribute(module) is not None:
-        return _Verdict(True, kind, rate)
-    return _Verdict(True, "functional dropout" if all(use.kind == "functional" for use in noise) else "noise in its forward", rate)
+        rate = _rate(module)
+        told = {(kind, rate)} if noise and rate != 0 else set()
+    else:
+        told = {(_kind_of(use), use.rate(module)) for use in noise}
+    if not told:
+        unknown = next((use.text for use in other if use.rate(module) is not None), None)
+        return _Verdict(why_off=unknown and f"it is not known as noise what its code does in training: {unknown}")
+    if other and any(use.kind == "noise" for use in noise):
+        return _Verdict(why_off=_MORE_THAN_NOISE + other[0].text)
+    return _Verdict(not other, tuple(sorted(told, key=str)))
+
+
+def _kind_of(use: Use) -> str:
+    """What a report calls the noise of some code: by the name of its rate."""
+    if use.kind == "functional":
+        return "functional dropout"
+    name = next((name for chain in use.rates for name in chain if "drop" in name.lower()), "noise")
+    return f"{name} in its forward"
 
 
 def _other_use(module: nn.Module) -> str | None:
-    """What else hangs on the flag, in the words of the code."""
+    """What else than noise hangs on the flag, in the words of the code."""
     uses = uses_of_training(type(module)) or ()
     return next((use.text for use in uses if use.kind == "else" and use.is_active(module)), None)
 
@@ -144,15 +155,19 @@ def _unreadable(module: nn.Module, kind: str) -> _Verdict:
     """A module whose code cannot be read."""
     rate = _rate(module)
     if re.search("drop|stochasticdepth", kind, re.IGNORECASE) and not any(module.children()) and not _has_state(module):
-        return _Verdict(True, kind if rate != 0 else None, rate)
+        return _Verdict(True, ((kind, rate),) if rate != 0 else ())
     looks_noisy = rate is not None and rate > 0
-    return _Verdict(why_off="its code cannot be read, so that it is not known what hangs on its flag" if looks_noisy else None)
+    return _Verdict(
+        why_off="its code cannot be read, so that it is not known what hangs on its flag" if looks_noisy else None
+    )
 
 
 def _rate(module: nn.Module) -> float | None:
     """A rate by its name among the attributes of a module."""
     attribute = rate_attribute(module)
-    named = [attribute] if attribute else [name for name in vars(module) if "drop" in name.lower() or name in ("p", "prob")]
+    named = (
+        [attribute] if attribute else [name for name in vars(module) if "drop" in name.lower() or name in ("p", "prob")]
+    )
     values = [getattr(module, name) for name in named]
     return max((float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool)), default=None)
 

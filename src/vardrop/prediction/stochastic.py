@@ -132,8 +132,8 @@ def _claim(names: dict[nn.Module, str], block: _Block) -> None:
             claim = _CLAIMS.get(module)
             if claim is not None and claim.thread is not here and claim.thread.is_alive():
                 raise RuntimeError(
-                    f"vardrop.stochastic: a model must be held by one thread at a time, got {name!r}, which is in a block "
-                    f"of thread {claim.thread.name!r}; use a copy of the model for every thread"
+                    f"vardrop.stochastic: a model must be held by one thread at a time, got {name!r}, which is in a "
+                    f"block of thread {claim.thread.name!r}; use a copy of the model for every thread"
                 )
         for module in names:
             claim = _CLAIMS.setdefault(module, _Claim(here))
