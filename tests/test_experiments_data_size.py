@@ -205,6 +205,13 @@ def test_answers_that_are_no():
     assert fine == 0
 
 
+def test_a_rate_with_fewer_seeds_than_others_is_not_chosen():
+    results = planted(world)
+    lone = results[0].rows[0] | {"rate": 0.5, "val_nll": 0.0}
+    rows = data_size.summarise([*results, Result("data-size", "smoke", {}, 0, {}, None, "here", 1, 1.0, [lone])])
+    assert [row["best_fixed_rate"] for row in rows if row["table"] == "sizes"] == [0.4, 0.1, 0.0]
+
+
 def test_a_rate_that_never_varies_correlates_with_nothing():
     assert data_size._correlation([(0.1, 0.3), (0.1, 0.2)]) == 0.0
     assert data_size._correlation([]) == 0.0
