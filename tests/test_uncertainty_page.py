@@ -143,10 +143,14 @@ class TestWords:
         loss = evaluation["referral"]["handed_loss"]
         at = positions(evaluation)[40]  # 20 %
         gone, all_ = round(loss[40]), round(loss[-1])
-        assert at.words.startswith(f"A person gets 400 of 2{THIN}000 test examples, those with a predictive entropy above ")
+        assert at.words.startswith(
+            f"A person gets 400 of 2{THIN}000 test examples, those with a predictive entropy above "
+        )
         assert f"{gone} of the {all_} mistakes are among them. The model answers the other 1{THIN}600, and " in at.words
         assert f"and {all_ - gone} of these answers are wrong" in at.words
-        assert re.search(r"By the same rule the person would get [\d.]+.% of notMNIST and [\d.]+.% of noise\.", at.words)
+        assert re.search(
+            r"By the same rule the person would get [\d.]+.% of notMNIST and [\d.]+.% of noise\.", at.words
+        )
         assert at.error == pytest.approx(100 * (all_ - gone) / 1600)
 
     def test_both_ends(self, evaluation):
@@ -253,7 +257,11 @@ class TestPage:
 
     def test_text_from_files_is_escaped(self, tmp_path, evaluation):
         away = "</script><script>alert(1)</script>"
-        for table in (evaluation["ood"], evaluation["referral"]["elsewhere"], evaluation["histograms"]["predictive_entropy"]["shares"]):
+        for table in (
+            evaluation["ood"],
+            evaluation["referral"]["elsewhere"],
+            evaluation["histograms"]["predictive_entropy"]["shares"],
+        ):
             table[away] = copy.deepcopy(table["noise"])
         evaluation["data"] = "<i>digits</i>"
         whole = write_uncertainty(evaluation, [], tmp_path / "page.html").read_text(encoding="utf-8")
@@ -305,7 +313,7 @@ class TestInABrowser:
 
     def marker(self, page):
         return page.evaluate(
-            "name => { const t = document.getElementById('risk').data.find(t => t.name === name); return [t.x[0], t.y[0]] }",
+            "name => document.getElementById('risk').data.filter(t => t.name === name).flatMap(t => [t.x[0], t.y[0]])",
             figures.MARKER,
         )
 

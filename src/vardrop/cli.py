@@ -21,6 +21,8 @@ try:
     import typer
     from rich.console import Console
     from rich.table import Column, Table
+
+    from vardrop.evaluation.commands import evaluate, predict
 except ModuleNotFoundError as _error:
     sys.stderr.write(f"vardrop: error: the command line needs {_error.name}; install it by {EXTRAS}\n")
     raise SystemExit(2) from _error
@@ -226,6 +228,10 @@ def reproduce(ctx: typer.Context) -> None:
     code = experiments(args=list(ctx.args), prog_name="vardrop reproduce", standalone_mode=False)
     if code:
         raise typer.Exit(code)
+
+
+app.command()(predict)
+app.command()(evaluate)
 
 
 def _config(ctx: typer.Context, out: Path, resume: bool) -> Config:

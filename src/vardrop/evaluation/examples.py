@@ -72,8 +72,8 @@ def examples(run: OpenRun, data: str | None = None, split: str = "test") -> Exam
     other = load(data, run.root)
     if not (own.images and other.images):
         raise ValueError(
-            f"vardrop.evaluation: a run on a table must be given a CSV file with its columns, got {data!r} for a run on "
-            f"{own.name}; other tables have columns of another meaning"
+            f"vardrop.evaluation: a run on a table must be given a CSV file with its columns, got {data!r} for a run "
+            f"on {own.name}; other tables have columns of another meaning"
             if not own.images
             else f"vardrop.evaluation: a run on images must be given images, got {data!r} for a run on {own.name}"
         )
@@ -128,8 +128,8 @@ def _same_shape(name: str, shape: tuple[int, ...], own: Data) -> None:
     if shape != own.shape:
         raise ValueError(
             f"vardrop.evaluation: examples must have the shape of those of {own.name}, "
-            f"{' × '.join(map(str, own.shape))}, got {name} of {' × '.join(map(str, shape))}; choose a set of that shape"
-            ", or one that is made: noise, shuffled"
+            f"{' × '.join(map(str, own.shape))}, got {name} of {' × '.join(map(str, shape))}; choose a set of that "
+            "shape, or one that is made: noise, shuffled"
         )
 
 
@@ -174,8 +174,8 @@ def _truths(run: OpenRun, path: Path, cells: list[tuple[int, str]]) -> Tensor:
         if run.regression:
             if cell and value is None:
                 raise ValueError(
-                    f"vardrop.evaluation: the target in line {line} of {path} must be a number, got {cell!r}; leave the "
-                    "cell empty where it is not known"
+                    f"vardrop.evaluation: the target in line {line} of {path} must be a number, got {cell!r}; leave "
+                    "the cell empty where it is not known"
                 )
             found.append(float("nan") if value is None else value)
             continue

@@ -72,7 +72,8 @@ def write_uncertainty(evaluation: Mapping[str, Any], groups: Sequence[Group], ou
             for when, title in _reliability_titles(evaluation)
         ],
         intervals=_embed(figures.intervals(evaluation["intervals"]), "intervals") if numbers else None,
-        strange=_strange(evaluation),
+        strange=_strange(evaluation, slider[at].threshold or 0.0),
+        lines=[f"strange-{i}-{evaluation['selection']['score']['key']}" for i in range(len(evaluation["ood"]))],
         groups=groups,
         percent=percent,
         count=count,
@@ -82,7 +83,7 @@ def write_uncertainty(evaluation: Mapping[str, Any], groups: Sequence[Group], ou
 
 
 def start(evaluation: Mapping[str, Any]) -> int:
-    """The position that the slider starts with: what the threshold chosen on validation data hands over, else a tenth."""
+    """Where the slider starts: at what the threshold chosen on validation data hands over, else at a tenth."""
     rule = evaluation["selection"].get("rule")
     return position_of(evaluation["referral"], DEFAULT_SHARE if rule is None else 1 - rule["test"]["coverage"])
 
@@ -98,7 +99,7 @@ def _reliability_titles(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
     return found
 
 
-def _strange(evaluation: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, Any]]]]:
+def _strange(evaluation: Mapping[str, Any], threshold: float) -> list[tuple[str, list[tuple[str, Any]]]]:
     """For every set from elsewhere its name, and for every score a title and a figure."""
     found = []
     for i, (name, scores) in enumerate(evaluation["ood"].items()):
@@ -108,7 +109,8 @@ def _strange(evaluation: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, A
                 continue
             histogram = evaluation["histograms"][key]
             shares = {"test examples": histogram["shares"]["test"], name: histogram["shares"][name]}
-            figure = figures.distributions(histogram["edges"], shares, histogram["label"])
+            line = threshold if key == evaluation["selection"]["score"]["key"] else None
+            figure = figures.distributions(histogram["edges"], shares, histogram["label"], line)
             title = f"{histogram['name']}: AUROC {result['auroc']:.3f}"
             panels.append((title[:1].upper() + title[1:], _embed(figure, f"strange-{i}-{key}")))
         found.append((name, panels))

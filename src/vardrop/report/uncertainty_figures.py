@@ -31,8 +31,8 @@ def risk(positions: Sequence[Position], columns: Mapping[str, Any], at: int, num
     unit = "" if numbers else "%"
     figure = make_subplots()
     for y, name, colour, dash in (
-        (chance, "handed over at random", CHANCE, "dot"),
-        (ideal, "handed over by who knows the mistakes", IDEAL, "dash"),
+        (chance, "at random", CHANCE, "dot"),
+        (ideal, "by someone who knows the mistakes", IDEAL, "dash"),
         ([position.error for position in positions], "least certain first", MODEL, "solid"),
     ):
         line = {"color": colour, "width": 3 if dash == "solid" else 1.5, "dash": dash}
@@ -95,13 +95,16 @@ def reliability(bins: Sequence[Mapping[str, Any]]) -> go.Figure:
     return figure.update_layout(hovermode="closest")
 
 
-def distributions(edges: Sequence[float], shares: Mapping[str, Sequence[float]], unit: str) -> go.Figure:
+def distributions(
+    edges: Sequence[float], shares: Mapping[str, Sequence[float]], unit: str, threshold: float | None = None
+) -> go.Figure:
     """Two histograms over each other: the scores of test examples, and of those from elsewhere.
 
     Args:
         edges: of the bins.
         shares: name -> share of the set in each bin, the test examples first.
         unit: of the score, with its name.
+        threshold: where to draw a line, which the page moves; None for a score that decides nothing.
     """
     cuts = np.asarray(edges)
     figure = make_subplots()
@@ -111,6 +114,9 @@ def distributions(edges: Sequence[float], shares: Mapping[str, Sequence[float]],
             marker={"color": colour, "line": {"width": 0}}, opacity=0.6, hovertemplate="%{y:.1f}% of " + _plain(name),
         )  # fmt: skip
         figure.add_trace(bars)
+    if threshold is not None:
+        line = {"color": CHANCE, "width": 2, "dash": "dot"}
+        figure.add_shape(type="line", x0=threshold, x1=threshold, y0=0, y1=1, yref="paper", line=line)
     figure.update_xaxes(title_text=unit)
     figure.update_yaxes(title_text="% of examples", rangemode="tozero")
     return _style(figure, 280).update_layout(barmode="overlay", showlegend=True)
@@ -125,7 +131,9 @@ def intervals(rows: Sequence[Mapping[str, float]]) -> go.Figure:
     figure = make_subplots()
     ends = [0, 100]
     figure.add_trace(
-        go.Scatter(x=ends, y=ends, name="as promised", mode="lines", line={"color": CHANCE, "width": 1.5, "dash": "dot"})
+        go.Scatter(
+            x=ends, y=ends, name="as promised", mode="lines", line={"color": CHANCE, "width": 1.5, "dash": "dot"}
+        )
     )
     x, y = (100 * np.array([row[name] for row in rows]) for name in ("nominal", "observed"))
     line = {"color": MODEL, "width": 2}

@@ -118,7 +118,9 @@ def _model(handed: int, kept: int, left: str, wrong: int | None) -> str:
     which = f"the other {count(kept)}" if handed else f"all {count(kept)} test examples"
     if wrong is None:
         return f"The model answers {which}, with a root mean squared error of {left}."
-    return f"The model answers {which}, and {count(wrong)} of these answers {'is' if wrong == 1 else 'are'} wrong: {left}."
+    return (
+        f"The model answers {which}, and {count(wrong)} of these answers {'is' if wrong == 1 else 'are'} wrong: {left}."
+    )
 
 
 def headline(evaluation: Mapping[str, Any], at: Position, all_kept: Position) -> str:
@@ -150,10 +152,13 @@ def honesty(evaluation: Mapping[str, Any]) -> list[str]:
         gap = sure - right
         manner = "about as sure as it should be" if abs(gap) < 0.01 else "too sure" if gap > 0 else "not sure enough"
         found.append(f"On average it is {percent(sure)} sure and {percent(right)} right: {manner}.")
+    key = evaluation["selection"]["score"]["key"]
     for name, scores in evaluation["ood"].items():
-        best = scores[evaluation["selection"]["score"]["key"]]["auroc"]
+        if key not in scores:  # a single pass for numbers, which knows no doubt
+            continue
+        best = scores[key]["auroc"]
         found.append(
-            f"It finds a test example less strange than one of {name} {percent(best)} of the time"
+            f"Of a test example and one of {name}, it is less sure of the latter {percent(best)} of the time"
             + (", hardly better than chance." if best < 0.6 else ".")
         )
     return found
