@@ -6,17 +6,15 @@ accumulated over batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from vardrop.objective import dropout_rates
+from vardrop.prediction.stochastic import stochastic
 from vardrop.training.task import Categorical, Gaussian, Task
-from vardrop.weights.modules import RandomWeights
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 BINS = 100  # of a histogram of rates, over [0, 1]
@@ -81,23 +79,11 @@ def rate_histograms(network: nn.Module) -> dict[str, dict[str, Any]]:
     return found
 
 
-@contextmanager
-def _noise_on(network: nn.Module) -> Iterator[bool]:
-    """Random weights and dropout as in training, all else as in evaluation; says whether there are any."""
-    noisy = [module for module in network.modules() if isinstance(module, RandomWeights | _DropoutNd)]
-    network.eval()
-    for module in noisy:
-        module.training = True
-    try:
-        yield bool(noisy)
-    finally:
-        network.eval()
-
-
 @torch.no_grad()
 def _uncertainty(task: Task, x: Tensor, passes: int) -> Tensor | None:
     """Entropy of the mean prediction, or its standard deviation for a number; None where nothing is uncertain."""
-    with _noise_on(task.network) as noisy:
+    with stochastic(task.network) as noise:
+        noisy = bool(noise.sources)
         if isinstance(task.likelihood, Gaussian):
             if not noisy:
                 return None
