@@ -349,6 +349,21 @@ def test_what_cannot_be_set_has_a_reason() -> None:
     assert "not found: path" in str(report)
 
 
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", ["Deberta", "DebertaV2"])
+@pytest.mark.parametrize("asked", [{"head": 0.3}, {"residual": 0.2, "embedding": 0.2, "hidden": 0.2}])
+def test_a_head_that_follows_another_field_gets_one_of_its_own(name: str, asked: dict[str, float]) -> None:
+    import transformers
+
+    sizes = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    kind = getattr(transformers, f"{name}ForSequenceClassification")
+    model = kind(getattr(transformers, f"{name}Config")(**sizes, intermediate_size=8, pooler_hidden_size=8))
+    report = vd.set_rates_(model, **asked)
+    assert report.set["config.cls_dropout"][1] == model.dropout.p == asked.get("head", 0.1)
+    again = kind(type(model.config).from_dict(model.config.to_dict()))
+    assert rates_of(again) == rates_of(model)
+
+
 def test_missing_says_why() -> None:
     model, _ = architectures.ALL["resnet18"]()
     scheduled = layers.DropBlock2d(vd.rates.linear(0.0, 0.1, steps=2))

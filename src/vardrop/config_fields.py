@@ -18,20 +18,22 @@ _FIELDS = {
     "residual": r"(resid|residual)_(p?drop|dropout)",
     "embedding": r"(embd?|embed|embedding)_(p?drop|dropout)",
     "hidden": r"(activation|ffn?|intermediate|feat_proj)_dropout",
-    "head": r"(classifier|final|head|pooler|seq_classif|qa|summary_first|summary_last)_dropout(_prob|_rate)?",
+    "head": r"(classifier|cls|final|head|pooler|seq_classif|qa|summary_first|summary_last)_dropout(_prob|_rate)?",
     "path": r"drop_path_rate|((en|de)coder_)?layerdrop",
 }
 _GENERAL = {
     r"dropout(_rate|_prob)?": ("attention", "residual", "embedding", "hidden", "head"),
     r"hidden_dropout(_prob|_rate)?": ("residual", "embedding", "hidden", "head"),
 }
+# Models that read the rate of their head from this field where a config has it, and from hidden_dropout_prob elsewhere.
+_ABSENT = {"deberta": "cls_dropout", "deberta-v2": "cls_dropout"}
 # Holders of DropPaths that all have the rate of the config. In other models it is that of the last layer, and the rates
 # grow linearly from 0.
 _CONSTANT_PATH = r"(Dinov2|Dinov3|Eomt|Pixio|Radio|RfDetr|Sapiens2|Tipsv2|Videomt|XCLIP)\w*"
 
 
 class Place(NamedTuple):
-    """A field of a config: of which module, and whose rate it is."""
+    """A field of a config: of which module, and whose rate it is. One without a value leaves the rate to another."""
 
     module: str
     config: Any
@@ -44,9 +46,14 @@ class Place(NamedTuple):
         return ".".join(filter(None, [self.module, "config", self.field]))
 
     @property
+    def has_value(self) -> bool:
+        """Whether it says a rate."""
+        return getattr(self.config, self.field, None) is not None
+
+    @property
     def rate(self) -> float:
-        """The rate that it says."""
-        return float(getattr(self.config, self.field))
+        """The rate that it says; 0 for none."""
+        return float(getattr(self.config, self.field)) if self.has_value else 0.0
 
 
 def places(model: nn.Module) -> Iterator[Place]:
@@ -58,6 +65,9 @@ def places(model: nn.Module) -> Iterator[Place]:
             continue
         seen.add(id(config))
         fields = [field for field, value in vars(config).items() if "drop" in field and is_rate(value)]
+        absent = _ABSENT.get(getattr(config, "model_type", ""))
+        if absent is not None and getattr(config, absent, None) is None:
+            fields.append(absent)
         own = {field: role for role, pattern in _FIELDS.items() for field in fields if re.fullmatch(pattern, field)}
         for field in fields:
             wide = next((some for pattern, some in _GENERAL.items() if re.fullmatch(pattern, field)), None)
@@ -75,6 +85,8 @@ def common_rate(place: Place, sites: list[Site], wanted: Mapping[str, float]) ->
     mine = [site for site in sites if site.role in place.governed and site.name.startswith(prefix)]
     if "path" in place.governed:
         mine = [site for site in mine if ("layerdrop" in site.name) == ("layerdrop" in place.field)]
+    if place.governed == {"head"}:
+        mine = [site for site in mine if ("pooler" in site.name) == ("pooler" in place.field)]
     if not mine:  # the model may read the field in a forward, as some do
         rates = {rate for role, rate in wanted.items() if role in place.governed}
     elif place.field == "drop_path_rate" and not re.match(_CONSTANT_PATH, type(mine[0].holder).__name__):

@@ -142,7 +142,13 @@ def set_rates_(
     report = RatesReport(not_judged=[site.name for site in found if site.role is None and site.owner is not None])
     report.not_judged += roles.unknown(model)
     plan = list(_plan(found, asked, report))
-    fields = [place for place in config_fields.places(model) if place.governed & set(asked)]
+    # a field without a value follows another one, which is about to change: it is given the rate that it stands for
+    present = {site.role for site in found}
+    fields = [
+        place
+        for place in config_fields.places(model)
+        if place.governed & set(asked) or (not place.has_value and place.governed <= present)
+    ]
     report.not_judged += [place.name for place in config_fields.places(model) if not place.governed]
     for role, rate in asked.items():
         if role not in {site.role for site, _ in plan} and (role in named or callable(rate) or rate > 0):
@@ -154,7 +160,7 @@ def set_rates_(
                 if any(name in report.skipped for name in mine)
                 else "the model has empty places for it only, which is a rate of 0"
             )
-    if not plan and not fields:
+    if not plan and not any(place.has_value for place in fields):
         reasons = [f"{name}: {why}" for name, why in report.skipped.items()]
         reasons += [f"{name}: its role is not known" for name in report.not_judged]
         raise ValueError(
