@@ -1,7 +1,7 @@
 """The experiments, written out: a new one is a file here and a line in this list."""
 
 from vardrop.reproduce.experiment import Experiment
-from vardrop.reproduce.experiments import active, data_size, dropblock, droppath, kl, ood, speed, variance_scaling
+from vardrop.reproduce.experiments import active, data_size, dropblock, droppath, kl, ood, speed, uci, variance_scaling
 
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
@@ -14,6 +14,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         dropblock.EXPERIMENT,
         droppath.EXPERIMENT,
         data_size.EXPERIMENT,
+        uci.EXPERIMENT,
     )
 }
 
