@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import beta
-from torch import Tensor
+from torch import Tensor, nn
 
 import vardrop as vd
 from vardrop.uncertainty import risk
@@ -109,7 +109,7 @@ def test_the_bound_is_that_of_clopper_and_pearson(errors: int, cases: int, confi
 
 def test_the_guarantee_is_kept_where_the_plain_threshold_breaks_its_word() -> None:
     generator = torch.Generator().manual_seed(0)
-    repeats, target, confidence = 300, 0.1, 0.8
+    repeats, target, confidence = 200, 0.1, 0.8
     broken = {"plain": 0, "guaranteed": 0}
     for _ in range(repeats):  # P(error | u) = u / 2, u uniform: the risk of all up to t is t / 4
         u = torch.rand(300, generator=generator, dtype=torch.float64)
@@ -175,6 +175,35 @@ def test_numbers_have_squared_errors() -> None:
     torch.testing.assert_close(chosen.loss, torch.tensor([0.0, 0.25, 16.0], dtype=torch.float64))
     assert chosen.to_person.tolist() == [2]
     assert chosen.risk == pytest.approx(0.125)
+
+
+@pytest.mark.parametrize("by", ["predictive_entropy", "mutual_information", "variation_ratio", "confidence"])
+def test_what_mc_predict_says_of_classes(by: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(40, 4)
+    labels = x.argmax(-1)
+    net = nn.Sequential(nn.Linear(4, 20), nn.Dropout(0.5), nn.Linear(20, 4))
+    made = vd.mc_predict(net, x, samples=16, outputs="logits")
+    chosen = vd.select(made, labels, by=by, share=0.25)
+    wrong = made.probabilities.argmax(-1) != labels
+    doubt = 1 - made.probabilities.amax(-1) if by == "confidence" else getattr(made, by)
+    assert chosen.aurc == pytest.approx(risk.aurc(doubt, wrong))
+    assert chosen.apply(made).to_person.tolist() == chosen.to_person.tolist()
+    assert len(chosen.to_person) == (10 if by != "variation_ratio" else len(chosen.to_person))  # which has ties
+
+
+def test_what_mc_predict_says_of_values_and_of_maps() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(30, 4), torch.randn(30)
+    made = vd.mc_predict(nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 1)), x, samples=16)
+    chosen = vd.select(made, y, share=0.5)
+    torch.testing.assert_close(chosen.loss, (made.mean.squeeze(1) - y).double().square())
+    assert len(chosen.to_person) == 15
+    images, labels = torch.randn(6, 3, 5, 5), torch.randint(4, (6, 5, 5))
+    maps = vd.mc_predict(nn.Sequential(nn.Dropout2d(0.5), nn.Conv2d(3, 4, 1)), images, samples=8, outputs="logits")
+    by_map = vd.select(maps, labels, by="confidence")
+    torch.testing.assert_close(by_map.loss, (maps.predicted != labels).float().mean((1, 2)).double())
+    torch.testing.assert_close(by_map.uncertainty, (1 - maps.probabilities.amax(1)).mean((1, 2)).double())
 
 
 def test_to_pandas_and_plot() -> None:

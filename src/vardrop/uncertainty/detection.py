@@ -178,7 +178,8 @@ def _checked(inside: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
             "vardrop.uncertainty.detection: one score for every case inside and outside is needed, [N] and [M], got "
             f"{tuple(inside.shape)} and {tuple(outside.shape)}; reduce them to one number a case"
         )
-    inside, outside = inside.detach().double(), outside.detach().to(inside.device).double()
+    inside = inputs.exact(inside)
+    outside = inputs.exact(outside).to(inside.device)
     for name, values in (("inside", inside), ("outside", outside)):
         if values.isnan().any():
             raise ValueError(

@@ -15,6 +15,12 @@ CLASS_MEASURES = ("predictive_entropy", "expected_entropy", "mutual_information"
 VALUE_MEASURES = ("variance", "std")
 
 
+def exact(x: Tensor) -> Tensor:
+    """x in float64 without its gradient; on the CPU if its device, like Apple's, has no such type."""
+    x = x.detach()
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
 def has_classes(prediction: Any) -> bool:
     """Whether a prediction is about classes, and not about values."""
     return prediction.kind in CLASS_KINDS
@@ -58,7 +64,7 @@ def losses(prediction: Any, truth: Tensor) -> Tensor:
             f"{tuple(truth.shape)}; give one for every example"
         )
     truth = truth.reshape(said.shape)
-    return _one_each((said != truth).double() if has_classes(prediction) else (said - truth).double().square())
+    return _one_each((said != truth).float() if has_classes(prediction) else exact(said - truth).square())
 
 
 def _one_each(found: Tensor) -> Tensor:
@@ -103,7 +109,7 @@ def checked_probabilities(probabilities: Tensor) -> Tensor:
 
 
 def _checked(p: Tensor, name: str) -> Tensor:
-    wide = p.detach().double()
+    wide = exact(p)
     low, high, off = wide.min().item(), wide.max().item(), (wide.sum(-1) - 1).abs().max().item()
     close = 1e-4 if p.dtype in (torch.float64, torch.float32) else 2e-2
     if not (low >= -close and off <= close):  # also true for nan

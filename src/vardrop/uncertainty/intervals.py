@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from vardrop.uncertainty.inputs import exact
 from vardrop.uncertainty.optional import needed
 
 if TYPE_CHECKING:
@@ -57,8 +58,9 @@ def mixture_pit(samples: Tensor, noise_std: float | Tensor, targets: Tensor) -> 
         >>> mixture_pit(torch.tensor([[-1.0], [1.0]]), 0.1, torch.tensor([0.0]))
         tensor([0.5000], dtype=torch.float64)
     """
-    std = torch.as_tensor(noise_std, device=samples.device).detach().double()
-    y = targets.to(samples.device).detach().double()
+    f = exact(samples)
+    std = exact(torch.as_tensor(noise_std)).to(f.device)
+    y = exact(targets).to(f.device)
     if samples.ndim != 2 or y.shape != samples.shape[1:] or std.shape not in ((), y.shape) or not len(y):
         raise ValueError(
             "vardrop.uncertainty: a prediction and a target for every case are needed, all [N] (passes [T, N]), got "
@@ -69,7 +71,7 @@ def mixture_pit(samples: Tensor, noise_std: float | Tensor, targets: Tensor) -> 
             f"vardrop.uncertainty: every standard deviation must be above 0, got {std.min().item():.4g}; add the noise "
             "in the data, 1 / precision, to the variance of the passes"
         )
-    return torch.special.ndtr((y - samples.detach().double()) / std).mean(0)
+    return torch.special.ndtr((y - f) / std).mean(0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +133,7 @@ def interval_calibration(pit: Tensor, levels: tuple[float, ...] = LEVELS) -> Int
         raise ValueError(
             f"vardrop.uncertainty.interval_calibration: levels must be above 0 and below 1, got {levels}; 0.9 is 90%"
         )
-    asked = torch.tensor(levels, dtype=torch.float64, device=pit.device)
-    off = (2 * pit.double() - 1).abs()
+    off = (2 * exact(pit) - 1).abs()
+    asked = torch.tensor(levels, dtype=off.dtype, device=off.device)
     share = (off[:, None] <= asked * (1 + math.ulp(4.0))).double().mean(0)
     return IntervalCalibration(asked, share, len(pit))

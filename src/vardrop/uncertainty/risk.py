@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vardrop.uncertainty.inputs import exact
+
 
 class RiskCoverage(NamedTuple):
     """The curve of :func:`risk_coverage`, by falling certainty.
@@ -226,7 +228,8 @@ def checked(uncertainty: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
             "vardrop.uncertainty: an uncertainty and a loss for every case are needed, both [N], got "
             f"{tuple(uncertainty.shape)} and {tuple(loss.shape)}; reduce them to one number a case"
         )
-    wide, losses = uncertainty.detach().double(), loss.detach().to(uncertainty.device).double()
+    wide = exact(uncertainty)
+    losses = exact(loss).to(wide.device)
     for name, values in (("uncertainty", wide), ("loss", losses)):
         if values.isnan().any():
             raise ValueError(

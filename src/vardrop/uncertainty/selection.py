@@ -123,13 +123,13 @@ class Selection:
             prediction: a Prediction, or its uncertainties ``[M]`` by the same measure.
         """
         if isinstance(prediction, Tensor):
-            return self._split(prediction.detach().double())
+            return self._split(inputs.exact(prediction))
         if self.by is None:
             raise ValueError(
                 "vardrop.select: what was selected by a tensor applies to a tensor of the same measure, got "
                 f"{type(prediction).__name__}; give its uncertainty, for example prediction.predictive_entropy"
             )
-        return self._split(inputs.measure(prediction, self.by).detach().double())
+        return self._split(inputs.exact(inputs.measure(prediction, self.by)))
 
     def _split(self, uncertainty: Tensor) -> Applied:
         order = uncertainty.argsort(stable=True)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vardrop.uncertainty.inputs import checked_labels
+from vardrop.uncertainty.inputs import checked_labels, exact
 
 _GRID = [float(log_beta) for log_beta in range(-7, 8)]  # of log(1 / T); the best point is then refined
 
@@ -73,7 +73,7 @@ class TemperatureScaling(nn.Module):
         Returns:
             Itself.
         """
-        z = logits.detach().double()
+        z = exact(logits)
         if z.ndim not in (2, 3) or 0 in z.shape or not bool(z.isfinite().all()):
             raise ValueError(
                 "vardrop.TemperatureScaling.fit: finite logits [N, C] or [T, N, C] are needed, got "
