@@ -12,7 +12,7 @@ from vardrop.replace import replace_dropout_
 from vardrop.set_rates import set_rates_
 from vardrop.uncertainty.acquisition import acquire
 from vardrop.uncertainty.selection import select
-from vardrop.variance_terms import VarianceTerms, variance_terms
+from vardrop.variance import VarianceTerms, variance_terms
 from vardrop.weights.additive import GaussianPosterior, SparseVariationalDropout
 from vardrop.weights.estimators import estimator
 from vardrop.weights.modules import register_layer

@@ -21,7 +21,7 @@ import vardrop as vd
 from vardrop.data import load
 from vardrop.models import build
 from vardrop.reproduce.experiment import Config, Experiment, Row
-from vardrop.variance_terms import variance_terms
+from vardrop.variance import variance_terms
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -43,7 +43,21 @@ class VarianceTerm(NamedTuple):
 
 @dataclass(frozen=True)
 class VarianceTerms:
-    """A table of :class:`VarianceTerm`, a row for every estimator, way of drawing, minibatch size and parameter."""
+    """A table of :class:`VarianceTerm`, a row for every estimator, way of drawing, minibatch size and parameter.
+
+    Args:
+        rows: the table; :func:`variance_terms` makes it.
+
+    Example:
+        >>> import vardrop as vd
+        >>> from vardrop.variance import VarianceTerm
+        >>> row = VarianceTerm("local", True, 10, "weight", 0.2, 0.01, 0.19, 0.011, 0.013)
+        >>> round(row.covariance_part, 3)
+        0.01
+        >>> print(vd.VarianceTerms((row,)))
+        estimator      drawn         M  parameter                  variance      Var/M        Cov ±
+        local          with         10  weight                          0.2       0.19      0.011 0.01
+    """
 
     rows: tuple[VarianceTerm, ...]
 
