@@ -295,7 +295,7 @@ class TestMeasures:
         for key, scores in inside.scores.items():
             pairs = (outside.scores[key][None] > scores[:, None]).double().mean().item()
             assert found["away"][key]["auroc"] == pytest.approx(pairs)
-            assert sum(bins[key]["shares"]["away"]) == pytest.approx(1)
+            assert [sum(bins[key]["shares"]["away"]), sum(bins[key]["test"])] == pytest.approx([1, 1])
         assert strangeness(inside, {}) == ({}, {})
 
 
@@ -435,6 +435,27 @@ class TestEvaluate:
         assert result["referral"]["loss"][0] == pytest.approx(result["test"]["error"])
         json.dumps(result, allow_nan=False)
 
+    def test_an_impossible_label_is_told_and_not_written_as_infinity(self, digits, monkeypatch):
+        run = open_run(digits)
+        found = answer(run, run.data.test_x[:30], Passes(samples=2))
+        never = torch.zeros(30, 10, dtype=torch.float64)
+        never[torch.arange(30), (run.data.test_y[:30] + 1) % 10] = 1
+        made = Classes(never, found.predictive_entropy, found.mutual_information, found.variation_ratio, 2)
+        monkeypatch.setattr("vardrop.evaluation.evaluate.answer", lambda *_: made)
+        monkeypatch.setattr(type(run), "validation", lambda _: None)
+        result = evaluate(run, Passes(samples=2), limit=30).result
+        assert (result["test"]["nll"], result["test"]["error"]) == (None, 1)
+        assert "held to be impossible" in " ".join(result["notes"])
+
+    def test_strange_files_keep_their_names_apart(self, table, tmp_path):
+        for folder, seed in (("one", 1), ("two", 2)):
+            (tmp_path / folder).mkdir()
+            write_csv(tmp_path / folder / "test.csv", prices(20, seed))
+        files = [str(tmp_path / folder / "test.csv") for folder in ("one", "two")]
+        result = evaluate(open_run(table), Passes(samples=3), files).result
+        assert list(result["ood"]) == list(result["histograms"]["std"]["shares"]) == files
+        assert list(evaluate(open_run(table), Passes(samples=3), files[:1]).result["ood"]) == ["test"]
+
     def test_examples_to_look_at(self, evaluated):
         rows = evaluated.sure_and_wrong(5)
         assert (evaluated.answers.predicted[rows] != evaluated.y[rows]).all()
@@ -469,7 +490,9 @@ class TestEvaluate:
         assert result["referral"]["loss"][0] == pytest.approx(result["test"]["rmse"] ** 2)
         for words in ("RMSE", "log-likelihood", "within 95", "AURC", "RMSE on the surest 80"):
             assert words in said, words
-        assert "Furthest off" in (table / "evaluation.html").read_text(encoding="utf-8")
+        page = (table / "evaluation.html").read_text(encoding="utf-8")
+        assert "Furthest off" in page
+        assert ("equally sure of all its answers" in page) == (samples == 1)
 
     def test_a_perfect_model_has_no_temperature(self, digits, monkeypatch):
         run = open_run(digits)

@@ -9,12 +9,14 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 
 from vardrop.evaluation.referral import histograms, position_of, referral
 from vardrop.report import uncertainty_figures as figures
 from vardrop.report.examples import Shown, data_uri
 from vardrop.report.uncertainty import Group, start, write_uncertainty
 from vardrop.report.uncertainty_words import headline, honesty, positions
+from vardrop.uncertainty import risk_coverage
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
 THIN = "\N{NARROW NO-BREAK SPACE}"
@@ -42,7 +44,8 @@ def make_evaluation(n=400, task="classification", rule=True, seed=0):
     away = {"notMNIST": rng.gamma(3.0, 0.4, n), "noise": rng.gamma(4.0, 0.4, n)}
     sure = np.clip(1 - entropy / 2, 0.1, 1)
     coverage, chosen = 0.9, np.argsort(entropy)[: round(0.9 * n)]
-    histogram = histograms({"test": entropy, **away})
+    histogram = histograms({"": entropy, **away})
+    histogram["test"] = histogram["shares"].pop("")
     score = {"key": "predictive_entropy", "name": "predictive entropy", "unit": "nats"}
     if task == "regression":
         score = {"key": "std", "name": "standard deviation", "unit": ""}
@@ -118,6 +121,13 @@ class TestReferral:
             assert columns["threshold"][i] == max(score[j] for j in kept)
             assert columns["elsewhere"]["other"][i] == np.mean(other > columns["threshold"][i])
 
+    def test_equal_scores_have_the_risk_of_a_random_order(self):
+        rng = np.random.default_rng(2)
+        loss, score = rng.random(60), rng.integers(0, 5, 60).astype(float)
+        curve = risk_coverage(torch.from_numpy(score), torch.from_numpy(loss))
+        columns = referral(loss, score, steps=60)
+        np.testing.assert_allclose(columns["loss"][:-1], curve.risk.flip(0).numpy())
+
     def test_a_position_is_the_nearest(self):
         columns = referral(np.ones(10), np.arange(10.0))
         assert [position_of(columns, share) for share in (0, 0.0801, 0.5, 1)] == [0, 16, 100, 200]
@@ -175,6 +185,11 @@ class TestWords:
         worse["referral"] = referral(np.zeros(400), np.arange(400.0))
         slider = positions(worse)
         assert headline(worse, slider[20], slider[0]) == "The model makes no mistake on its 400 test examples."
+        worse["referral"] = referral(np.repeat([1.0, 0.0], 200), np.zeros(400))
+        slider = positions(worse)
+        assert "equally sure of all its answers" in headline(worse, slider[0], slider[0])
+        assert "Its error is 50" in headline(worse, slider[0], slider[0])
+        assert start(worse) == 0
 
     @pytest.mark.parametrize(("sure", "words"), [(0.99, "too sure"), (0.9, "about as sure"), (0.7, "not sure enough")])
     def test_confidence_in_words(self, evaluation, sure, words):
@@ -328,6 +343,12 @@ class TestInABrowser:
         assert self.marker(page) == pytest.approx([37, at.error])
         assert page.evaluate("document.getElementById('risk').layout.shapes[0].x1") == 37
         assert page.get_attribute("#hand", "aria-valuetext") == f"{at.asked}, error of the rest {at.left}"
+        line = "document.getElementById('strange-1-predictive_entropy').layout.shapes[0]"
+        assert page.evaluate(f"{line}.x0") == pytest.approx(at.threshold)
+        page.fill("#hand", "100")
+        assert page.evaluate(f"{line}.visible") is False
+        for name in ("risk", "reliability-before", "reliability-after", "strange-0-predictive_entropy"):
+            assert page.locator(f"#{name} .trace, #{name} .bars").count() > 0, name
 
     def test_the_mouse_drags_it(self, page, written):
         path, evaluation = written
@@ -342,6 +363,12 @@ class TestInABrowser:
         assert 45 < value < 55
         assert self.shown(page) == self.told(positions(evaluation)[round(2 * value)])
         assert page.url.endswith(f"#hand={value:g}")
+
+    def test_a_phone_shows_all_of_it(self, page, written):
+        page.set_viewport_size({"width": 360, "height": 740})
+        page.goto(written[0].as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        assert page.locator("#hand").bounding_box()["width"] > 180
 
     def test_the_keyboard_alone_is_enough(self, page, written):
         path, evaluation = written
@@ -368,15 +395,3 @@ class TestInABrowser:
         page.goto("about:blank")
         page.goto(path.as_uri() + "#hand=x")
         assert self.shown(page) == self.told(slider[20])
-
-    def test_nothing_sticks_out_of_a_phone(self, page, written):
-        page.set_viewport_size({"width": 360, "height": 740})
-        page.goto(written[0].as_uri())
-        assert page.evaluate("document.documentElement.scrollWidth") <= 360
-        assert page.locator("#hand").bounding_box()["width"] > 180
-
-    def test_figures_are_drawn(self, page, written):
-        page.goto(written[0].as_uri())
-        assert page.locator(".js-plotly-plot .main-svg").count() > 4
-        for name in ("risk", "reliability-before", "reliability-after", "strange-0-predictive_entropy"):
-            assert page.locator(f"#{name} .trace, #{name} .bars").count() > 0, name

@@ -101,7 +101,9 @@ def evaluate(
     answers = answer(run, x, passes)
     held_back = run.validation()
     kept_back = held_back and (answer(run, held_back[0][:limit], passes), held_back[1][:limit])
-    elsewhere = {examples.name: answer(run, examples.x, passes) for examples in odd}
+    titles = [examples.name for examples in odd]
+    titles = titles if len(set(titles)) == len(titles) else list(ood)  # two files of one name in two folders
+    elsewhere = {title: answer(run, examples.x, passes) for title, examples in zip(titles, odd, strict=True)}
     result: dict[str, Any] = {
         "run": run.path.resolve().name, "data": run.data.name, "model": run.config.model, "method": run.config.method,
         "task": run.data.task, "examples": number, "validation_examples": len(kept_back[1]) if kept_back else 0,
@@ -123,8 +125,20 @@ def evaluate(
         notes.append("No threshold meets the target error on the validation rows, so none is chosen.")
     other_doubts = {name: found.doubt.numpy() for name, found in elsewhere.items()}
     result["referral"] = referral(answers.loss(y).numpy(), answers.doubt.numpy(), other_doubts)
+    for name in ("nll", "log_likelihood"):
+        if not math.isfinite(result["test"].get(name, 0.0)):
+            notes.append("Some test example was held to be impossible: the likelihood of all of them together is 0.")
     result["seconds"] = round(time.perf_counter() - began, 3)
-    return Evaluation(result, x, y, answers)
+    return Evaluation(_without_infinity(result), x, y, answers)
+
+
+def _without_infinity(value: Any) -> Any:
+    """The same with None for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {name: _without_infinity(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_without_infinity(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _without_noise(run: OpenRun) -> str:

@@ -116,8 +116,9 @@ def strangeness(
                 "auroc": detection.auroc(scores, values), "fpr95": detection.fpr_at(scores, values, 0.95)
             }  # fmt: skip
         name, unit = NAMES[key]
-        shares = histograms({"test": scores.numpy()} | {other: values.numpy() for other, values in others.items()})
-        bins[key] = {"name": name, "label": f"{name} ({unit})" if unit else name, **shares}
+        found_bins = histograms({"": scores.numpy()} | {other: values.numpy() for other, values in others.items()})
+        test = found_bins["shares"].pop("")  # the one name that no set has
+        bins[key] = {"name": name, "label": f"{name} ({unit})" if unit else name, "test": test, **found_bins}
     return found, bins
 
 
@@ -165,7 +166,7 @@ def _rule(test: Rows, kept_back: Rows, target_error: float | None) -> dict[str, 
         return None
     return {
         "target_error": target_error,
-        "threshold": min(chosen.threshold, kept_back[0].doubt.max().item()),
+        "threshold": chosen.threshold,
         "validation": {"coverage": chosen.coverage, "error": told(chosen.risk)},
         "test": {"coverage": len(kept) / len(test[1]), "error": told(test[0].loss(test[1])[kept].mean().item())},
     }

@@ -19,7 +19,8 @@ def referral(
     .. math:: L(s) = \frac{1}{N - h} \sum_{i \notin H} \ell_i, \qquad h = \lfloor sN + \tfrac12 \rfloor
 
     H are the h examples of highest score. This is the risk-coverage curve (El-Yaniv and Wiener 2010) read from its
-    other end: coverage is 1 - h / N. Examples of equal score go in their order.
+    other end: coverage is 1 - h / N. Examples of equal score have the mean loss of all of them, which is what a random
+    order among them would give, as in :func:`vardrop.uncertainty.risk_coverage`.
 
     Args:
         loss: ``[N]``, 0 or 1 for a right or wrong class, a squared error for a number.
@@ -49,8 +50,10 @@ def referral(
             f"{loss.shape} and {score.shape}"
         )
     total = len(loss)
+    _, ties, size = np.unique(score, return_inverse=True, return_counts=True)
+    expected = (np.bincount(ties, loss) / size)[ties]  # among equals nobody knows who is wrong
     order = np.argsort(-score, kind="stable")
-    by_score = np.concatenate([[0.0], np.cumsum(loss[order])])  # loss that has gone to the person
+    by_score = np.concatenate([[0.0], np.cumsum(expected[order])])  # loss that has gone to the person
     at_best = np.concatenate([[0.0], np.cumsum(np.sort(loss)[::-1])])
     shares = np.arange(steps + 1) / steps
     handed = np.minimum(np.floor(shares * total + 0.5).astype(int), total)

@@ -15,7 +15,7 @@ from vardrop.evaluation.referral import position_of
 from vardrop.report import uncertainty_figures as figures
 from vardrop.report.examples import Shown
 from vardrop.report.pages import _embed, _render, _save
-from vardrop.report.uncertainty_words import count, headline, honesty, percent, positions, quantity
+from vardrop.report.uncertainty_words import count, headline, honesty, percent, positions, quantity, tells_apart
 
 DEFAULT_SHARE = 0.1  # where the slider starts if validation has chosen no threshold
 
@@ -84,7 +84,9 @@ def write_uncertainty(evaluation: Mapping[str, Any], groups: Sequence[Group], ou
 
 def start(evaluation: Mapping[str, Any]) -> int:
     """Where the slider starts: at what the threshold chosen on validation data hands over, else at a tenth."""
-    rule = evaluation["selection"].get("rule")
+    if not tells_apart(evaluation):
+        return 0
+    rule = evaluation["selection"]["rule"]
     return position_of(evaluation["referral"], DEFAULT_SHARE if rule is None else 1 - rule["test"]["coverage"])
 
 
@@ -108,7 +110,7 @@ def _strange(evaluation: Mapping[str, Any], threshold: float) -> list[tuple[str,
             if not isinstance(result, Mapping):
                 continue
             histogram = evaluation["histograms"][key]
-            shares = {"test examples": histogram["shares"]["test"], name: histogram["shares"][name]}
+            shares = [("test examples", histogram["test"]), (name, histogram["shares"][name])]
             line = threshold if key == evaluation["selection"]["score"]["key"] else None
             figure = figures.distributions(histogram["edges"], shares, histogram["label"], line)
             title = f"{histogram['name']}: AUROC {result['auroc']:.3f}"

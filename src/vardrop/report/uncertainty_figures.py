@@ -96,19 +96,19 @@ def reliability(bins: Sequence[Mapping[str, Any]]) -> go.Figure:
 
 
 def distributions(
-    edges: Sequence[float], shares: Mapping[str, Sequence[float]], unit: str, threshold: float | None = None
+    edges: Sequence[float], shares: Sequence[tuple[str, Sequence[float]]], unit: str, threshold: float | None = None
 ) -> go.Figure:
     """Two histograms over each other: the scores of test examples, and of those from elsewhere.
 
     Args:
         edges: of the bins.
-        shares: name -> share of the set in each bin, the test examples first.
+        shares: names, and the share of each set in each bin; the test examples first.
         unit: of the score, with its name.
         threshold: where to draw a line, which the page moves; None for a score that decides nothing.
     """
     cuts = np.asarray(edges)
     figure = make_subplots()
-    for (name, values), colour in zip(shares.items(), (MODEL, OTHER), strict=False):
+    for (name, values), colour in zip(shares, (MODEL, OTHER), strict=True):
         bars = go.Bar(
             x=(cuts[:-1] + cuts[1:]) / 2, y=100 * np.asarray(values), width=np.diff(cuts), name=_plain(name),
             marker={"color": colour, "line": {"width": 0}}, opacity=0.6, hovertemplate="%{y:.1f}% of " + _plain(name),

@@ -123,6 +123,12 @@ def _model(handed: int, kept: int, left: str, wrong: int | None) -> str:
     )
 
 
+def tells_apart(evaluation: Mapping[str, Any]) -> bool:
+    """Whether the model is surer of one answer than of another; else there is nothing to hand anything over by."""
+    limits = [limit for limit in evaluation["referral"]["threshold"] if limit is not None]
+    return bool(limits[0] != limits[-1])
+
+
 def headline(evaluation: Mapping[str, Any], at: Position, all_kept: Position) -> str:
     """The one sentence that a reader sees first.
 
@@ -135,6 +141,9 @@ def headline(evaluation: Mapping[str, Any], at: Position, all_kept: Position) ->
     before, after = all_kept.error, at.error
     if before is not None and before == 0:
         return f"The model makes no mistake on its {count(evaluation['examples'])} test examples."
+    if not tells_apart(evaluation):
+        unable = "The model is equally sure of all its answers, so it cannot say which to check"
+        return f"{unable}. Its {what} is {all_kept.left}."
     if at.share == 0 or after is None:
         return f"If the model answers everything by itself, its {what} is {all_kept.left}."
     hand = f"Hand the {at.asked} least certain to a person"
