@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from benchmarks import table
 from benchmarks.timing import Row, interleaved, summarise
+from vardrop.layers import StochasticDepth, survival_rates
 from vardrop.layers.dropblock import drop_block
-from vardrop.layers.droppath import StochasticDepth, survival_rates
 
 DEPTH = 12
 TOKENS, WIDTH = 49, 128

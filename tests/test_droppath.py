@@ -20,7 +20,7 @@ import architectures  # noqa: F401  (makes torchvision importable, and so timm)
 import vardrop as vd
 from benchmarks import blocks
 from vardrop import rates
-from vardrop.layers.droppath import DropPath, LayerDrop, StochasticDepth, drop_path, every_other, survival_rates
+from vardrop.layers import DropPath, LayerDrop, StochasticDepth, drop_path, every_other, survival_rates
 
 both_modes = pytest.mark.parametrize("mode", ["row", "batch"])
 both_scalings = pytest.mark.parametrize("scaling", ["inverted", "original"])
@@ -270,6 +270,93 @@ def test_a_shortcut_that_changes_the_shape() -> None:
     assert 0 < kept.sum() < 8
     torch.testing.assert_close(y, base + kept[:, None, None, None] * block(x) * 2)
     torch.testing.assert_close(layer.eval()(x), base + block(x))
+
+
+# ----------------------------------------------------------------------------------------------- other arguments
+
+
+class Masked(nn.Module):
+    """x times a mask, plus a bias, and what it was called with."""
+
+    def forward(self, x: Tensor, mask: Tensor, *more: Tensor, bias: object = None, flag: bool = False) -> Tensor:
+        self.got = (mask, more, bias, flag)
+        shifts = bias.values() if isinstance(bias, dict) else [] if bias is None else [bias]
+        return sum(shifts, x * mask)  # type: ignore[arg-type, return-value]
+
+
+@both_modes
+def test_arguments_with_a_row_for_every_example_are_those_of_the_kept_ones(mode: str) -> None:
+    layer, x = StochasticDepth(Masked(), 0.5, mode, rows=("mask", "bias")), torch.ones(16, 3)
+    mask = torch.arange(1.0, 17).reshape(16, 1)
+    for _ in range(4):
+        y = layer(x, mask, bias={"a": 100 * mask, "for all": torch.tensor([[1000.0]])}, flag=True)
+        kept = (y != x).any(1)
+        torch.testing.assert_close(y, x + kept[:, None] * (x * mask + 100 * mask + 1000) / 0.5)
+        if mode == "row":
+            assert len(layer.block.got[0]) == kept.sum()
+            assert layer.block.got[3] is True
+    layer.eval()
+    assert torch.equal(layer(x, mask), x + x * mask)
+
+
+def test_other_arguments_are_handed_on_whole() -> None:
+    layer, x = StochasticDepth(Masked(), 0.5, rows=()), torch.ones(16, 3)
+    mask, more = torch.rand(1, 3), torch.ones(16)
+    while (y := layer(x, mask, more, flag=True)).equal(x):
+        pass
+    assert layer.block.got[0] is mask
+    assert layer.block.got[1][0] is more
+    kept = (y != x).any(1)
+    torch.testing.assert_close(y, x + kept[:, None] * mask / 0.5)
+    assert layer(x, mask=mask, flag=False).shape == (16, 3)
+
+
+def test_gradients_reach_the_rows_of_other_arguments() -> None:
+    layer, x = StochasticDepth(Masked(), 0.5, rows=["mask"]), torch.ones(16, 3)
+    mask = torch.rand(16, 1, requires_grad=True)
+    y = layer(x, mask)
+    y.sum().backward()
+    kept = (y != x).any(1)
+    torch.testing.assert_close(mask.grad[:, 0], kept * 3 / 0.5)
+
+
+def test_compiled_other_arguments() -> None:
+    torch._dynamo.reset()
+    layer = torch.compile(StochasticDepth(Masked(), 0.5, rows=("mask",)), fullgraph=True, backend="eager")
+    x, mask = torch.ones(16, 3), torch.arange(1.0, 17).reshape(16, 1)
+    y = layer(x, mask)
+    torch.testing.assert_close(y, x + (y != x).any(1)[:, None] * mask / 0.5)
+
+
+def test_an_encoder_layer_with_padding() -> None:
+    block = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+    layer = StochasticDepth(block, 0.5, rows=("src_key_padding_mask",))
+    x, padding = torch.randn(16, 5, 4), torch.rand(16, 5) < 0.5
+    padding[:, 0] = False
+    y = layer(x, src_key_padding_mask=padding)
+    kept = (y != x).flatten(1).any(1)
+    assert 0 < kept.sum() < 16
+    torch.testing.assert_close(y, x + kept[:, None, None] * block(x, src_key_padding_mask=padding) / 0.5)
+
+
+def test_arguments_that_are_not_told_apart_are_refused() -> None:
+    x = torch.ones(4, 3)
+    for layer in (StochasticDepth(Masked()), StochasticDepth(Masked()).eval()):
+        with pytest.raises(ValueError, match=r"rows= must name the arguments that have a row for every example"):
+            layer(x, x)
+        with pytest.raises(ValueError, match=r"got tensors besides x and no rows; rows=\(\) says that none has"):
+            layer(x, mask=1.0, bias=[x])
+    with pytest.raises(
+        ValueError, match=r"rows must name arguments of the block besides x \(mask, bias, flag\), got"
+    ):
+        StochasticDepth(Masked(), rows=("m",))
+    layer = StochasticDepth(Masked(), 0.5, rows="mask")
+    assert "rows=('mask',)" in repr(layer)
+    words = r"mask must have a row for each of the 40 examples, or one for all, .* got shape \(3,\)"
+    with pytest.raises(ValueError, match=words):
+        layer(torch.ones(40, 3), torch.ones(3))
+    with pytest.raises(TypeError, match=r"StochasticDepth: block must give a tensor, got tuple; wrap what makes the"):
+        StochasticDepth(nn.LSTM(3, 3), 0.0)(torch.ones(2, 2, 3))
 
 
 # ---------------------------------------------------------------------------------------------------- the contract

@@ -4,9 +4,11 @@ from vardrop.layers.base import Drop
 from vardrop.layers.concrete import ConcreteDropout
 from vardrop.layers.dropblock import DropBlock1d, DropBlock2d, DropBlock3d, drop_block
 from vardrop.layers.dropout import Dropout, Dropout1d, Dropout2d, Dropout3d
-from vardrop.layers.droppath import DropPath, LayerDrop, StochasticDepth, drop_path, every_other, survival_rates
+from vardrop.layers.droppath import DropPath, drop_path, survival_rates
 from vardrop.layers.fast import FastDropout
 from vardrop.layers.gaussian import GaussianDropout
+from vardrop.layers.layerdrop import LayerDrop, every_other
+from vardrop.layers.stochastic_depth import StochasticDepth
 from vardrop.layers.structured import (
     AttentionDropout,
     DropConnect,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, get_args
+
 import torch
 from torch import Tensor, nn
 
@@ -64,3 +66,14 @@ def check_plain(layer: nn.Module, owner: str) -> None:
             f"vardrop.{owner}: layer must have plain weights, got a {type(layer).__name__} whose weights are random, "
             "which would be noise upon noise; vd.restore_ it first"
         )
+
+
+def check_choice(owner: str, name: str, value: str, choices: Any) -> None:
+    """Refuse an argument that is none of the strings of its ``Literal`` type."""
+    if value not in get_args(choices):
+        raise ValueError(f"vardrop.{owner}: {name} must be one of {', '.join(get_args(choices))}, got {value!r}")
+
+
+def inverse(kept: Tensor) -> Tensor:
+    """1 / kept, and 0 where nothing is kept."""
+    return torch.where(kept > 0, 1 / kept, 0.0)

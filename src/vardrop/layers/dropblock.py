@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vardrop.layers.base import Drop
+from vardrop.layers.base import Drop, check_choice, inverse
 from vardrop.rates import Rate
 from vardrop.schedules import checked_rate
 
@@ -117,11 +117,6 @@ def _sparse_pays(x: Tensor) -> bool:
     )
 
 
-def _inverse(kept: Tensor) -> Tensor:
-    """1 / kept, and 0 where nothing is."""
-    return torch.where(kept > 0, 1 / kept, 0.0)
-
-
 def _checked_block(block_size: int | Sequence[int], dims: int, owner: str) -> tuple[int, ...]:
     sizes = tuple(block_size) if isinstance(block_size, Sequence) else (block_size,) * dims
     if len(sizes) != dims or any(isinstance(b, bool) or not isinstance(b, int) or b < 1 for b in sizes):
@@ -130,12 +125,6 @@ def _checked_block(block_size: int | Sequence[int], dims: int, owner: str) -> tu
             f"spatial dimension, got {block_size!r}"
         )
     return sizes
-
-
-def _checked_choices(seeds: str, rescale: str, owner: str) -> None:
-    for name, value, choices in (("seeds", seeds, get_args(Seeds)), ("rescale", rescale, get_args(Rescale))):
-        if value not in choices:
-            raise ValueError(f"vardrop.{owner}: {name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def drop_block(
@@ -199,7 +188,8 @@ def drop_block(
         )
     if not (x.is_floating_point() or x.is_complex()):
         raise TypeError(f"vardrop.drop_block: x must be of a floating-point or complex type, got {x.dtype}")
-    _checked_choices(seeds, rescale, "drop_block")
+    check_choice("drop_block", "seeds", seeds, Seeds)
+    check_choice("drop_block", "rescale", rescale, Rescale)
     block = _checked_block(block_size, x.ndim - 2, "drop_block")
     value = rate.detach() if isinstance(rate, Tensor) else torch.tensor(checked_rate(rate, "drop_block"))
     if x.numel() == 0:
@@ -216,7 +206,7 @@ def drop_block(
         else:
             over = list(range(1 if rescale == "sample" else 0, x.ndim))
             kept = mask.mean(over, keepdim=True, dtype=torch.promote_types(mask.dtype, torch.float32))
-        scale = _inverse(kept).to(mask.dtype)
+        scale = inverse(kept).to(mask.dtype)
         mask = mask.mul_(scale) if sparse else mask * scale
     return x * mask
 
@@ -237,7 +227,8 @@ class _DropBlock(Drop):
     ) -> None:
         super().__init__(p)
         owner = type(self).__name__
-        _checked_choices(seeds, rescale, owner)
+        check_choice(owner, "seeds", seeds, Seeds)
+        check_choice(owner, "rescale", rescale, Rescale)
         self.block_size = _checked_block(block_size, self.dims, owner)
         self.share_channels = share_channels
         self.seeds: Seeds = seeds
