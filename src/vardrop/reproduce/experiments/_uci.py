@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import vardrop as vd
+from vardrop.prediction.measures import log_likelihood
 
 _ROWS_AT_ONCE = 2048  # of a member in one pass: what fits into a cache
 VALIDATION_SAMPLES = 100  # passes over the rows that choose the precision
@@ -115,14 +116,13 @@ def fit(ensemble: vd.Ensemble, table: Table, splits: Tensor, rows: list[Tensor],
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
     at = splits.unsqueeze(1)
     weight = (count / count.max()).unsqueeze(1)
-    stacked = ensemble.stacked
+    log_precision: Tensor = ensemble.stacked.log_precision  # type: ignore[assignment]
     ensemble.train()
     for _ in range(plan.steps):
         index = torch.cat([group.next()[:, :batch] for group in groups])
         y = table.y[at, index]
         out = ensemble(table.x[at, index], per_member=True)
-        precision = stacked.log_precision.unsqueeze(1)
-        nll = 0.5 * (precision.exp() * (out - y).square() - precision)
+        nll = 0.5 * (log_precision.exp().unsqueeze(1) * (out - y).square() - log_precision.unsqueeze(1))
         loss = elbo((nll * weight).mean(1).sum())
         optimizer.zero_grad()
         loss.backward()
@@ -144,14 +144,10 @@ def passes(ensemble: vd.Ensemble, x: Tensor, samples: int) -> Tensor:
 
 
 def log_density(said: Tensor, y: Tensor, log_precision: Tensor) -> Tensor:
-    """Of the mixture of the passes, mean over rows: said ``[K, T, M]``, y ``[K, M]``, log τ ``[K]`` -> ``[K]``.
-
-    log p(y) = logsumexp_t(-τ (y - ŷ_t)² / 2) - log T - ½ log 2π + ½ log τ (Gal and Ghahramani 2016, appendix).
-    """
-    tau = log_precision.exp().view(-1, 1, 1)
-    exponents = -0.5 * tau * (said - y.unsqueeze(1)).square()
-    mixture = exponents.logsumexp(1) - math.log(said.shape[1])
-    return mixture.mean(1) - 0.5 * math.log(2 * math.pi) + 0.5 * log_precision
+    """Under the mixture of the passes, mean over rows: said ``[K, T, M]``, y ``[K, M]``, log τ ``[K]`` -> ``[K]``."""
+    precision = log_precision.exp().unsqueeze(1).expand(y.shape)
+    found = log_likelihood(said.transpose(0, 1).flatten(1), y.flatten(), precision.flatten())
+    return found.view(y.shape).mean(1)
 
 
 def best_precision(said: Tensor, y: Tensor, rounds: int = 5, points: int = 15) -> Tensor:
