@@ -64,7 +64,7 @@ def referral(
         "handed_loss": by_score[handed].tolist(),
     }
     for name, gone in (("loss", by_score), ("ideal", at_best)):
-        columns[name] = [max(gone[-1] - gone[h], 0.0) / (total - h) if h < total else None for h in handed]
+        columns[name] = [float(max(gone[-1] - gone[h], 0.0) / (total - h)) if h < total else None for h in handed]
     columns["threshold"] = [float(score[order[h]]) if h < total else None for h in handed]
     columns["elsewhere"] = {
         name: [1.0 if limit is None else float(np.mean(np.asarray(other) > limit)) for limit in columns["threshold"]]
