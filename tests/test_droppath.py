@@ -346,9 +346,7 @@ def test_arguments_that_are_not_told_apart_are_refused() -> None:
             layer(x, x)
         with pytest.raises(ValueError, match=r"got tensors besides x and no rows; rows=\(\) says that none has"):
             layer(x, mask=1.0, bias=[x])
-    with pytest.raises(
-        ValueError, match=r"rows must name arguments of the block besides x \(mask, bias, flag\), got"
-    ):
+    with pytest.raises(ValueError, match=r"rows must name arguments of the block besides x \(mask, bias, flag\), got"):
         StochasticDepth(Masked(), rows=("m",))
     layer = StochasticDepth(Masked(), 0.5, rows="mask")
     assert "rows=('mask',)" in repr(layer)

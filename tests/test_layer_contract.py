@@ -6,7 +6,9 @@ import copy
 import io
 import math
 import pickle
+import re
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -221,3 +223,6 @@ def test_the_list_has_every_layer() -> None:
     }
     named = {thing for thing in map(vars(vd.layers).get, vd.layers.__all__) if isinstance(thing, type)}
     assert named - {vd.layers.Drop} == listed | have_truths_of_their_own
+    page = (Path(__file__).resolve().parents[1] / "docs" / "layers.md").read_text(encoding="utf-8")
+    table = "".join(re.findall(r"^\| (`\w+`.*?) \|", page, re.M))
+    assert {kind.__name__ for kind in named} - {"Drop"} <= set(re.findall(r"`(\w+)`", table))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 import architectures
 import vardrop as vd
 from vardrop import layers, rates, roles
-from vardrop.set_rates import PRESETS
+from vardrop.presets import PRESETS
 
 pytestmark = pytest.mark.filterwarnings("default")  # what other libraries warn of is not ours to fail on
 
@@ -279,6 +280,12 @@ def test_presets_and_what_replaces_them() -> None:
     assert report.missing == {}
     for preset in PRESETS:
         assert f'``"{preset}"``' in (vd.set_rates_.__doc__ or "")
+
+
+def test_the_table_of_presets_has_them_all_with_their_sources() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "layers.md").read_text(encoding="utf-8")
+    for name, preset in PRESETS.items():
+        assert f'| `"{name}"` | {preset.about} | {preset.source} |' in page
 
 
 # --- configs ----------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """vardrop: dropout that learns its rates, tells its uncertainty, and shrinks networks."""
 
-from vardrop import functional, kl, layers, rates, testing, uncertainty
+from vardrop import functional, kl, layers, presets, rates, testing, uncertainty
 from vardrop.convert import Report, convert_, restore_
 from vardrop.ensemble import Ensemble
 from vardrop.gradient import gradient_variance
@@ -41,6 +41,7 @@ __all__ = [
     "kl_divergence",
     "layers",
     "mc_predict",
+    "presets",
     "rates",
     "register_layer",
     "replace_dropout_",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -12,24 +12,10 @@ from vardrop import config_fields, roles
 from vardrop.dropouts_before import is_off
 from vardrop.layers.dropblock import DropBlock1d, DropBlock2d, DropBlock3d
 from vardrop.layers.droppath import DropPath
+from vardrop.presets import PRESETS, RateOfLayer
 from vardrop.rates import Rated
 from vardrop.roles import Site
 from vardrop.schedules import checked_rate
-
-RateOfLayer = float | Callable[[int, int], float]
-
-
-def _deit_path(index: int, depth: int) -> float:
-    return 0.1 * index / max(1, depth - 1)
-
-
-_STREAM = ("attention", "residual", "embedding", "hidden", "head")
-PRESETS: dict[str, dict[str, RateOfLayer]] = {
-    "bert": dict.fromkeys(_STREAM, 0.1),
-    "gpt-2": {"attention": 0.1, "residual": 0.1, "embedding": 0.1},
-    "deit": {**dict.fromkeys(roles.ROLES, 0.0), "path": _deit_path},
-    "large-model": dict.fromkeys(roles.ROLES, 0.0),
-}
 
 
 @dataclass
@@ -81,15 +67,13 @@ def set_rates_(
     A rate is a number, or a function ``(index, depth) -> rate`` of the layer, 0 to depth - 1, among those layers that
     have a dropout of this role.
 
-    Presets, of which an argument replaces its part:
+    The presets are in :data:`vardrop.presets.PRESETS`, with their sources. An argument replaces its part of one:
 
-    * ``"bert"``: 0.1 everywhere (Devlin et al. 2019, appendix A.2).
-    * ``"gpt-2"``: 0.1 on attention, residual and embedding (Radford et al. 2018, section 4.1, whose setting the
-      configuration of GPT-2 keeps).
-    * ``"deit"``: path from 0 in the first block to 0.1 in the last, no other dropout (Touvron et al. 2021, table 9).
-    * ``"large-model"``: 0 everywhere, as is the practice where the data outgrow the model (PaLM, Chowdhery et al. 2022,
-      section 5; LLaMA, Touvron et al. 2023, section 2.3). AdamW with weight decay 0.1 and gradients clipped to norm 1.0
-      belong to it, and are yours to set.
+    * ``"bert"``: 0.1 everywhere.
+    * ``"gpt-2"``: 0.1 on attention, residual and embedding.
+    * ``"deit"``: path from 0 in the first block to 0.1 in the last, no other dropout.
+    * ``"large-model"``: 0 everywhere, as is the practice where the data outgrow the model. AdamW with weight decay 0.1
+      and gradients clipped to norm 1.0 belong to it, and are yours to set.
 
     Args:
         model: any module.
@@ -129,7 +113,7 @@ def set_rates_(
         "path": path, "block": block,
     }  # fmt: skip
     named = {role: rate for role, rate in given.items() if rate is not None}
-    asked = {**(PRESETS[preset] if preset else {}), **named}
+    asked = {**(PRESETS[preset].rates if preset else {}), **named}
     if not asked:
         raise ValueError(
             f"vardrop.set_rates_: a rate must be given for some role ({', '.join(roles.ROLES)}), or a preset, got none"
