@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks import blocks, divergence, layers, memory, peers, table, training_step
+from benchmarks import blocks, divergence, layers, memory, peers, prediction, table, training_step
 from benchmarks.timing import Row
 from benchmarks.variants import HARDEST, OURS, PER_EXAMPLE
 
@@ -32,13 +32,14 @@ PLANS = {
     "drop-path": Plan("training step of residual blocks with stochastic depth that skips, against without", 11, 2),
     "per-example": Plan("a weight for every example: the MLP, minibatch of 1000, scaled from a few examples", 5, 2),
     "kl": Plan("KL divergence with its gradient, as a share of the plain step of mlp-1000", 25, 3),
+    "mc-predict": Plan("vd.mc_predict of 100 passes, against a loop of 100 forwards of the same model", 7, 1),
     "memory-4096": Plan("peak memory of a training step of the MLP, minibatch of 4096", 2, 1),
 }
 
 DESCRIPTION = """\
-Time and memory of training with noise, as ratios to the same network with plain layers. Every figure is the median
-over rounds of (variant / reference in the same round), with the interquartile range; a variant is timed right after
-a run of the reference. Goals are upper bounds of the ratio.
+Time and memory of training with noise, as ratios to the same network with plain layers; and of prediction, as ratios
+to a loop of forwards. Every figure is the median over rounds of (variant / reference in the same round), with the
+interquartile range; a variant is timed right after a run of the reference. Goals are upper bounds of the ratio.
 
 benchmarks:
 """
@@ -95,6 +96,9 @@ def _run(options: argparse.Namespace, say: Callable[[str], None]) -> list[Row]:
         elif name in ("drop-block", "drop-path"):
             measure = blocks.drop_blocks if name == "drop-block" else blocks.stochastic_depth
             rows += [row for row in measure(rounds, warmup) if wanted(row.variant, quick=True)]
+        elif name == "mc-predict":
+            cases = [case for case in prediction.CASES if wanted(case.name, case.quick)]
+            rows += prediction.measure(cases, rounds, warmup) if cases else []
         elif name == "kl":
             if divergences:
                 rows += divergence.measure(divergences, rounds, warmup)

@@ -17,7 +17,7 @@ import torch
 from benchmarks.timing import Row
 
 HEADER = ("benchmark", "variant", "ratio", "quartiles", "median", "rounds", "goal", "met")
-_LIBRARIES = ("vardrop", "bayesian-torch", "torchbnn", "blitz-bayesian-pytorch", "timm")
+_LIBRARIES = ("vardrop", "bayesian-torch", "torchbnn", "blitz-bayesian-pytorch", "timm", "baal", "torch-uncertainty")
 
 
 def _amount(row: Row) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from benchmarks import __main__ as command
-from benchmarks import divergence, memory, networks, peers, table, training_step
+from benchmarks import divergence, memory, networks, peers, prediction, table, training_step
 from benchmarks.timing import Pair, Row, interleaved, summarise
 from benchmarks.variants import OURS, REFERENCE, Variant
 
@@ -186,6 +186,29 @@ def test_divergences_are_a_share_of_the_plain_step(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(divergence.WORKLOADS, "mlp-1000", TINY)
     rows = divergence.measure(divergence.DIVERGENCES, rounds=1, warmup=0)
     assert [row.goal for row in rows] == [0.15, None, None, None, None]
+
+
+def test_prediction_is_measured_against_a_loop_of_the_same_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(model: nn.Module, x: torch.Tensor) -> None:
+        raise ModuleNotFoundError("No module named 'absent'")
+
+    monkeypatch.setattr(prediction, "PASSES", 5)
+    monkeypatch.setattr(
+        prediction, "PEERS", {"absent": absent, "itself": lambda model, x: lambda: prediction.loop(model, x)}
+    )
+    cases = [prediction.Case("mlp", lambda: prediction.noisy_mlp(8, 8), (3, 8), 0.5)]
+    ours, peer, missing = prediction.measure(cases, rounds=1, warmup=0)
+    assert (ours.variant, ours.goal, ours.note) == ("mlp", 0.5, "vmap, 4 at once")
+    assert (peer.variant, peer.goal) == ("mlp: itself", None)
+    assert missing.note == "cannot be used here: ModuleNotFoundError: No module named 'absent'"
+
+
+@pytest.mark.parametrize("case", prediction.CASES, ids=lambda case: case.name)
+def test_the_models_of_the_prediction_benchmark_are_noisy_in_the_loop_too(case: prediction.Case) -> None:
+    x = torch.randn(1, *case.shape[1:])
+    passes = prediction.loop(case.model(), x)
+    assert len(passes) == prediction.PASSES
+    assert (passes.std(0) > 0).any()
 
 
 def test_peers_are_measured_or_named_with_the_reason() -> None:

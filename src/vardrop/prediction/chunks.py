@@ -83,6 +83,10 @@ class Peak(TorchDispatchMode):
         self.most, self.most_since = max(self.most, self.now), max(self.most_since, self.now)
         return out
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or torch would load its compiler, for seconds, only to keep it away from here
+
     def mark(self) -> None:
         """From here on counts ``most_since``."""
         self.most_since = self.now

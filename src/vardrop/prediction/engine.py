@@ -72,9 +72,9 @@ class Engine:
 
     def shrink(self) -> bool:
         """Half as many passes at once, after the memory was too small; False if that is not possible."""
-        if self.name == "loop" or self._asked is not None or self.chunk == 1:
+        if self.name == "loop" or self._asked is not None or max(self._sizes.values(), default=1) == 1:
             return False
-        self._sizes = {shape: max(1, min(size, self.chunk) // 2) for shape, size in self._sizes.items()}
+        self._sizes = {shape: max(1, size // 2) for shape, size in self._sizes.items()}
         self.chunk = 1
         return True
 
@@ -106,7 +106,8 @@ class Engine:
     def _at_once(self, call: Call, count: int, prefix: Prefix | None) -> Outputs:
         def one(_: Tensor) -> Outputs:
             self.main, found = self._with(prefix, lambda: named(self.model(*call.args, **call.kwargs), self.select))
-            self.silent = not chunks.is_batched(found[self.main])
+            main = found[self.main]
+            self.silent = main.numel() > 0 and not chunks.is_batched(main)
             return found
 
         before = seeds.foreign()
@@ -135,7 +136,8 @@ class Engine:
                 prefix.forget()
                 prefix.random = True
             if index == 1 and not prefix.random:
-                self.silent = torch.equal(waiting[0][self.main], waiting[1][self.main])
+                one, two = (each[self.main] for each in waiting)
+                self.silent = one.numel() > 0 and torch.equal(one, two)
             size = sum(tensor.numel() for tensor in waiting[-1].values()) * (len(waiting) + 1)
             if index and (index + 1 == samples or self.silent or len(waiting) == _WAITING or size > _STACK):
                 take({name: torch.stack([each[name] for each in waiting]) for name in waiting[0]})
@@ -148,7 +150,7 @@ class Engine:
 
     def _with(self, prefix: Prefix | None, passes: Callable[[], Named]) -> Named:
         """Some passes with what was noted before; in full if the notes do not fit."""
-        if prefix is None or not self._keeps_prefix:
+        if prefix is None or not (self._keeps_prefix and prefix.useful):
             return passes()
         try:
             with prefix:
@@ -203,5 +205,5 @@ def _no_slow_rules() -> Iterator[None]:
 
 def _in_short(error: Exception) -> str:
     """The first sentence of a message of vmap, which can be a page."""
-    first = (str(error).strip() or "no message").splitlines()[0]
+    first = (str(error).strip() or "no message").splitlines()[0].partition(". ")[0]
     return f"vmap refused ({type(error).__name__}: {first[:200]})"

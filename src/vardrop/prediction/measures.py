@@ -36,7 +36,7 @@ def entropy(probabilities: Tensor, dim: int = -1, log_probabilities: Tensor | No
     Args:
         probabilities: p, summing to 1 along ``dim``.
         dim: the classes.
-        log_probabilities: log p if it is at hand: near p = 1 it has digits that the logarithm of a rounded p has lost.
+        log_probabilities: log p, if it is at hand.
 
     Shape:
         That of p without ``dim``.

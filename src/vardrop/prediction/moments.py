@@ -68,7 +68,7 @@ class Moments:
         count = len(chunk)
         if chunk.dtype.itemsize < 4:
             chunk = chunk.float()
-        if count == 1:
+        if count == 1 or not chunk.numel():
             mean, spread = wide(chunk[0]), None
         else:
             variance, mean_ = torch.var_mean(chunk, 0, correction=0)

@@ -43,6 +43,7 @@ class _Note(NamedTuple):
     arguments: Any
     result: Any
     acts: bool  # on the surroundings, like set_grad_enabled: it is carried out every time
+    computes: bool  # tensors from tensors, and does not only look at them
 
 
 class _Draws(TorchDispatchMode):
@@ -56,6 +57,10 @@ class _Draws(TorchDispatchMode):
         self.seen = self.seen or torch.Tag.nondeterministic_seeded in func.tags
         return func(*args, **(kwargs or {}))
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or torch would load its compiler, for seconds, only to keep it away from here
+
 
 class Prefix(TorchFunctionMode):
     """The notes of one batch. Entered for every chunk of passes: the first writes, the others read.
@@ -68,6 +73,7 @@ class Prefix(TorchFunctionMode):
         random: whether noise was met while writing.
         largest: bytes of one pass of the largest noisy tensor; only known under vmap.
         deviated: whether the last chunk has to be made again.
+        useful: whether there is something to write, or to read.
         answered: how many calls were answered from the notes.
         at_noise: called when the noise begins, while writing.
     """
@@ -75,6 +81,7 @@ class Prefix(TorchFunctionMode):
     def __init__(self, batched: bool) -> None:
         super().__init__()
         self.random = self.deviated = False
+        self.useful = True
         self.largest = self.answered = 0
         self.at_noise: Callable[[], None] = _nothing
         self._batched = batched
@@ -105,6 +112,7 @@ class Prefix(TorchFunctionMode):
 
     def forget(self) -> None:
         """Keep nothing; from now on every call is carried out."""
+        self.useful = False
         self._notes, self._tensors, self._versions, self._numbers = [], [], [], WeakIdKeyDictionary()
         self._do = self._carry_out
 
@@ -141,9 +149,9 @@ class Prefix(TorchFunctionMode):
             if tensor not in self._numbers:
                 self._numbers[tensor] = len(self._tensors)
                 self._tensors.append(TensorWeakRef(tensor))
-        acts = not made and not any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs)))
+        given = any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs)))
         result = tree_map_only(Tensor, lambda tensor: _Number(self._numbers[tensor]), out)
-        self._notes.append(_Note(func, arguments, result, acts))
+        self._notes.append(_Note(func, arguments, result, not made and not given, bool(made) and given))
         return out
 
     def _complete(self) -> None:
@@ -158,6 +166,8 @@ class Prefix(TorchFunctionMode):
             self._tensors[number] = alive
         self._do = self._carry_out
         self.at_noise()
+        if not any(note.computes for note in self._notes):
+            self.forget()
 
     def _described(self, value: Any) -> Any:
         """Arguments as something that can be compared: numbers for tensors; unknown objects by what they are."""

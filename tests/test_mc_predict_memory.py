@@ -1,0 +1,95 @@
+"""How many passes at once: for the cache, and within the memory that is allowed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import vardrop as vd
+from vardrop.prediction import chunks
+from vardrop.prediction.chunks import Peak
+
+X = torch.randn(50, 20)
+
+
+def noisy_mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(20, 400), nn.Dropout(0.5), nn.Linear(400, 400), nn.ReLU(), nn.Linear(400, 3))
+
+
+def long_prefix() -> nn.Module:
+    return nn.Sequential(nn.Linear(20, 4000), nn.ReLU(), nn.Linear(4000, 10), nn.Dropout(0.5), nn.Linear(10, 3))
+
+
+def test_peak_counts_what_lives_at_one_time() -> None:
+    with Peak(before=5) as peak:
+        a = torch.ones(1000)
+        b = a + 1
+        view = b.view(10, 100)[1:]
+        del a
+        c = view * 2
+        c.add_(1)
+    assert peak.now == 5 + 4 * (1000 + 900)
+    assert peak.most == 5 + 4 * 2000
+    del b, view, c
+    assert peak.now == 5
+    with Peak() as peak:
+        torch.ones(1000)
+        peak.mark()
+        torch.ones(10)
+    assert (peak.most, peak.most_since) == (4000, 40)
+
+
+def test_the_chunk_depends_on_sizes_alone() -> None:
+    cpu = torch.device("cpu")
+    assert chunks.for_cache(400_000, cpu) == 10
+    assert chunks.for_cache(1 << 40, cpu) == 1
+    assert chunks.for_cache(0, cpu) > 1000
+    assert chunks.for_cache(400_000, torch.device("cuda")) > 100
+    assert chunks.for_memory(1000, 100, 300, 2) == 8  # 0.9 · 900 / 100
+    assert chunks.for_memory(1000, 990, 1190, 2) == 1
+
+
+@given(st.integers(1, 300), st.integers(1, 300))
+def test_chunks_are_even_and_not_larger(left: int, size: int) -> None:
+    made = []
+    count = math.ceil(left / size)
+    while left:
+        made.append(chunks.even(left, size))
+        left -= made[-1]
+    assert max(made) <= size
+    assert max(made) - min(made) <= 1
+    assert len(made) == count
+
+
+@pytest.mark.parametrize("make", [noisy_mlp, long_prefix])
+@pytest.mark.parametrize("keep", [True, False])
+def test_memory_stays_within_the_bound(make: Callable[[], nn.Module], keep: bool) -> None:
+    """Measured by another count around the whole call; results are beside the bound."""
+    net, samples = make(), 200
+    results = 50 * 3 * 4 * (samples if keep else 0) * 2 + 50 * 3 * 8 * 8  # kept passes are put together at the end
+    chosen = []
+    for allowed in (2_000_000, 6_000_000, 20_000_000):
+        with Peak() as peak:
+            found = vd.mc_predict(net, X, samples, max_memory=allowed, keep=keep)
+        assert peak.most <= allowed + results
+        chosen.append(found.chunk)
+    assert chosen[0] < chosen[1] <= chosen[2] or make is long_prefix
+    if make is noisy_mlp:
+        assert chosen[0] >= 2
+    else:
+        assert chosen[0] == samples - 3  # a long prefix takes no room from the passes behind it
+
+
+def test_too_small_a_bound_is_refused_with_the_figures() -> None:
+    words = r"room for one pass over a batch of 50 examples, which take [\d,]+ bytes, got 100,000; give more, or"
+    for engine in ("vmap", "loop"):
+        with pytest.raises(ValueError, match=words):
+            vd.mc_predict(noisy_mlp(), X, 10, max_memory=100_000, engine=engine)
+    with pytest.raises(ValueError, match="must have room for chunk=50 passes"):
+        vd.mc_predict(noisy_mlp(), X, 50, max_memory=1_000_000, chunk=50)
