@@ -35,7 +35,12 @@ class Source:
     rate: float | None
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.kind}" + ("" if self.rate is None else f", p = {self.rate:g}")
+        return f"{self.name}: {self.what}"
+
+    @property
+    def what(self) -> str:
+        """Kind and rate, in words."""
+        return self.kind if self.rate is None else f"{self.kind}, p = {self.rate:g}"
 
 
 class Survey(NamedTuple):
@@ -76,9 +81,9 @@ def survey(model: nn.Module) -> Survey:
     if isinstance(model, torch.jit.ScriptModule):
         found.left_off[_class_name(model)] = "it is TorchScript, where only dropouts that are modules can be switched"
     if estimators.current().name == "none":
-        for name in [source.name for source in found.sources if source.kind == _RANDOM_WEIGHT]:
-            found.left_off[name] = "its weights are at their means, as the estimator in force is 'none'"
-        found.sources[:] = [source for source in found.sources if source.name not in found.left_off]
+        at_mean = {source.name: source for source in found.sources if source.kind == _RANDOM_WEIGHT}
+        found.left_off.update(dict.fromkeys(at_mean, "its weights are at their means: the estimator is 'none'"))
+        found.sources[:] = [source for source in found.sources if source not in at_mean.values()]
     return found
 
 
@@ -130,7 +135,8 @@ def _of_code(module: nn.Module, kind: str) -> _Verdict:
     else:
         told = {(_kind_of(use), use.rate(module)) for use in noise}
     if not told:
-        unknown = next((use.text for use in other if use.rate(module) is not None), None)
+        could_be = not _has_state(module) and not any(module.children())  # nothing but noise, perhaps
+        unknown = next((use.text for use in other if could_be or use.rate(module) is not None), None)
         return _Verdict(why_off=unknown and f"it is not known as noise what its code does in training: {unknown}")
     if other and any(use.kind == "noise" for use in noise):
         return _Verdict(why_off=_MORE_THAN_NOISE + other[0].text)
@@ -177,4 +183,4 @@ def _has_state(module: nn.Module) -> bool:
 
 
 def _class_name(module: nn.Module) -> str:
-    return str(getattr(module, "original_name", type(module).__name__))
+    return str(module.original_name) if isinstance(module, torch.jit.ScriptModule) else type(module).__name__

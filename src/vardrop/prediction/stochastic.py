@@ -15,6 +15,8 @@ from vardrop.prediction.noise_modules import Source, survey
 
 __all__ = ["Noise", "Source", "stochastic"]
 
+_SHOWN = 4  # modules of one kind that a report names
+
 
 @dataclass
 class Noise:
@@ -31,8 +33,11 @@ class Noise:
     put_back: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [f"noise: {len(self.sources)} sources" if self.sources else "noise: none that could be found"]
-        lines += [f"  {source}" for source in self.sources]
+        lines = [f"sources of noise: {len(self.sources) or 'none that could be found'}"]
+        for what in dict.fromkeys(source.what for source in self.sources):
+            alike = [source.name for source in self.sources if source.what == what]
+            more = f" and {len(alike) - _SHOWN} more" if len(alike) > _SHOWN else ""
+            lines.append(f"  {what}: {', '.join(alike[:_SHOWN])}{more}")
         lines += [f"left off: {name}: {reason}" for name, reason in self.left_off.items()]
         return "\n".join(lines + [f"buffers put back: {name}" for name in self.put_back])
 
@@ -101,8 +106,8 @@ def stochastic(model: nn.Module) -> Iterator[Noise]:
         >>> x = torch.ones(1, 4)
         >>> with vd.stochastic(net) as noise:
         ...     print(noise, torch.equal(net(x), net(x)))
-        noise: 1 sources
-          2: Dropout, p = 0.5 False
+        sources of noise: 1
+          Dropout, p = 0.5: 2 False
         >>> torch.equal(net(x), net(x))
         True
     """
