@@ -39,6 +39,13 @@ WEIGHTS, SITES = "learned weights", "learned sites"
 START = 0.1  # where learned rates start
 _TEST, _VALIDATION = 0.10, 0.05
 _WARMUP = 50  # steps
+_CPU = {  # percent -> the rates of the first seed, and those of the second: the best one of the first and its rival
+    1: ((0.0, 0.05, 0.1, 0.2, 0.4, 0.6), (0.0, 0.1)),
+    3: ((0.0, 0.05, 0.1, 0.2, 0.4, 0.6), (0.0, 0.1)),
+    10: ((0.0, 0.05, 0.1), (0.0, 0.05)),
+    30: ((0.0, 0.05), (0.0, 0.05)),
+    100: ((0.0, 0.05, 0.1), (0.0, 0.05)),
+}
 _NOISE_SPEED = 10  # learning rate of log alpha, relative to that of the weights: it has units to go, they have tenths
 
 
@@ -57,25 +64,25 @@ def cells(scale: str) -> list[Config]:
         "bfloat16": scale != "smoke",
         "device": "cuda" if scale == "gpu" else "cpu",
     }
+    seeds = range({"smoke": 2, "cpu": 2, "gpu": 5}[scale])
     return [
         {"percent": percent, "method": method, "rate": rate, "seed": seed, **shared}
-        for seed in range({"smoke": 2, "cpu": 2, "gpu": 5}[scale])
+        for seed in seeds
         for percent in ((10, 100) if scale == "smoke" else (1, 100, 10, 3, 30))
         for method, rate in _noises(scale, percent, seed)
     ]
 
 
-def _noises(scale: str, percent: float, seed: int) -> list[tuple[str, float]]:
-    """The rates of a size: validation chooses among those up to 0.1 or 0.2, the higher ones show that it is enough."""
-    if scale == "smoke":
-        rates: tuple[float, ...] = (0.0, 0.2)
-    elif scale == "gpu":
-        rates = (0.0, 0.05, 0.1, 0.2, 0.4, 0.6)
-    elif seed > 0 or percent > 3:
-        rates = (0.0, 0.05, 0.1)
-    else:
-        rates = (0.0, 0.05, 0.1, 0.2, 0.4, 0.6)
-    ways = (WEIGHTS,) if scale == "cpu" and seed > 0 else (WEIGHTS, SITES)
+def _noises(scale: str, percent: int, seed: int) -> list[tuple[str, float]]:
+    """The noises that are tried at a size: every rate, or at scale cpu those around the best one of validation."""
+    rates: tuple[float, ...] = (0.0, 0.2) if scale == "smoke" else (0.0, 0.05, 0.1, 0.2, 0.4, 0.6)
+    ways: tuple[str, ...] = (WEIGHTS, SITES)
+    if scale == "cpu":
+        rates, again = _CPU[percent]
+        if seed > 0:
+            rates, ways = again, (WEIGHTS,)
+        elif percent in (10, 30):
+            ways = (WEIGHTS,)
     return [("fixed", rate) for rate in rates] + [(way, START) for way in ways]
 
 
@@ -200,6 +207,7 @@ def _size(percent: float, means: list[Row]) -> Row:
     (zero,) = (row for row in here if row["rate"] == 0)
     learned, sites = (next((r for r in here if r["method"] == m), {}) for m in (WEIGHTS, SITES))
     deviations = [row["test_nll_sd"] for row in here if row["test_nll_sd"] is not None]
+    deviations = deviations or [row["test_nll_sd"] for row in means if row["test_nll_sd"] is not None]
     return {
         "table": "sizes", "percent": percent, "best_fixed_rate": best["rate"],
         "learned_rate": learned.get("learned_rate"), "learned_rate_sites": sites.get("learned_rate"),
