@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import re
 import sys
 
@@ -540,11 +541,14 @@ class TestWhatAUserCanPutRight:
         refused(vardrop_(command, tmp_path), r"model\.safetensors is damaged")
         refused(vardrop_(command), "Missing argument 'RUN'")
 
-    def test_places_that_cannot_be_written_to(self, vardrop_, digits, tmp_path):
+    def test_places_that_cannot_be_written_to(self, vardrop_, digits, tmp_path, monkeypatch):
         (tmp_path / "file").write_text("")
         words = r"needs room and permission to write .*, got .*; choose another --out"
         refused(vardrop_("predict", digits, "--samples", 1, "--out", tmp_path / "file" / "a.csv"), words)
         refused(vardrop_("evaluate", digits, "--samples", 1, "--out", tmp_path / "file"), words)
+        monkeypatch.setattr("os.access", lambda _, mode: mode != os.W_OK)
+        monkeypatch.setattr("vardrop.evaluation.answers.answer", None)  # it says so before any of the work
+        refused(vardrop_("evaluate", digits, "--out", tmp_path / "closed"), r"write .*closed, got Permission denied")
         assert not list(tmp_path.glob(".*"))
 
     def test_a_full_disk_keeps_the_old_file(self, tmp_path, monkeypatch):

@@ -77,7 +77,7 @@ def predict(
     between which 95 % of the targets should be.
     """
     from vardrop.evaluation.examples import examples
-    from vardrop.evaluation.output import write_table, writer_of
+    from vardrop.evaluation.output import make_ready, write_table, writer_of
     from vardrop.evaluation.predict import fitted_temperature
     from vardrop.evaluation.predict import predict as find
     from vardrop.evaluation.runs import open_run
@@ -87,6 +87,7 @@ def predict(
     passes = _passes(samples, seed, limit, engine, max_memory, progress)
     if out is not None:
         writer_of(out)
+        make_ready(out.parent)
     opened = open_run(run, data_dir)
     wanted = examples(opened, data, split).first(limit)
     if calibrate:
@@ -138,16 +139,16 @@ def evaluate(
     import json
 
     from vardrop.evaluation.evaluate import evaluate as measure
-    from vardrop.evaluation.output import save
+    from vardrop.evaluation.output import make_ready, save
     from vardrop.evaluation.runs import open_run
     from vardrop.evaluation.show import groups
     from vardrop.report.uncertainty import write_uncertainty
 
     passes = _passes(samples, seed, limit, engine, max_memory, progress)
-    opened = open_run(run, data_dir)
+    opened, folder = open_run(run, data_dir), out or run
+    make_ready(folder)
     found = measure(opened, passes, tuple(dict.fromkeys(ood or ())), target_error, limit)
     found.result["command"] = _command(run, ood or (), target_error, samples, seed, limit, engine)
-    folder = out or run
     save(folder / "evaluation.json", json.dumps(found.result, indent=1, allow_nan=False).encode())
     page = write_uncertainty(found.result, groups(found, opened.data), folder / "evaluation.html")
     for note in found.result["notes"]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import io
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def write_table(columns: Columns, out: Path, more: Columns | None = None) -> Pat
         ['index,mean', '0,0.5', '1,2']
     """
     write = writer_of(out)
+    make_ready(out.parent)
     save(out, write(columns, more or {}))
     return out
 
@@ -60,13 +62,29 @@ def writer_of(out: Path) -> Callable[[Columns, Columns], bytes]:
 def save(path: Path, content: bytes) -> None:
     """Write beside, then move: a full disk leaves the file that was there."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _writing(path):
+        try:
+            draft.write_bytes(content)
+            draft.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                draft.unlink(missing_ok=True)
+            raise
+
+
+def make_ready(folder: Path) -> None:
+    """Make a folder, or say that it cannot be, before minutes are spent on what is to be in it."""
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_bytes(content)
-        draft.replace(path)
+        yield
     except OSError as error:
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)
         raise OSError(
             f"vardrop.evaluation: needs room and permission to write {path}, got {error.strerror or error}; choose "
             "another --out"

@@ -60,7 +60,7 @@ def _shown(found: Evaluation, data: Data, row: int, scores: Tensor) -> Shown:
         true, said = int(found.y[row]), int(found.answers.predicted[row])
         label, predicted, wrong = data.classes[true], data.classes[said], true != said
     else:
-        label, predicted = f"{found.y[row].item():.5g}", f"{found.answers.mean[row].item():.5g}"
+        label, predicted = f"{found.y[row].item():.4g}", f"{found.answers.mean[row].item():.4g}"
         wrong = False
     return Shown(
         label=label,
