@@ -118,8 +118,8 @@ def stochastic(model: nn.Module) -> Iterator[Noise]:
     names = {module: name or type(module).__name__ for name, module in model.named_modules()}
     block = _Block(names, found.on, noise)
     with contextlib.ExitStack() as undo:
+        undo.callback(_release, names, block)  # first, so that nothing can come between
         _claim(names, block)
-        undo.callback(_release, names, block)
         kept = remember(names)
         undo.callback(lambda: noise.put_back.extend(put_back(kept)))
         for module in names:
@@ -150,8 +150,10 @@ def _release(names: dict[nn.Module, str], block: _Block) -> None:
     """Give the flags back that a block has found; if blocks are closed out of order, to the one that came after it."""
     with _LOCK:
         for module in names:
-            blocks = _CLAIMS[module].blocks
-            place = next(index for index, (other, _) in enumerate(blocks) if other is block)
+            blocks = _CLAIMS[module].blocks if module in _CLAIMS else []
+            place = next((index for index, (other, _) in enumerate(blocks) if other is block), None)
+            if place is None:  # it was refused
+                continue
             flag = blocks.pop(place)[1]
             if place < len(blocks):
                 blocks[place] = (blocks[place][0], flag)
