@@ -93,6 +93,21 @@ def test_a_group_with_fewer_rows_has_the_objective_of_its_own_number() -> None:
         torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-3)
 
 
+def test_the_precision_follows_the_errors_on_rows_that_are_left_out() -> None:
+    data = table(2, rows=100)
+    noisy = dataclasses.replace(data, y=torch.cat([data.y[:, :80] / 5, data.y[:, 80:] / 5 + 3], 1))
+    kept, left = torch.arange(80).expand(2, 80), torch.arange(80, 100).expand(2, 20)
+    ensemble = vd.Ensemble(_uci.Network(3, 16, rate=0.0), members=4)
+    groups = [torch.arange(100).expand(2, 100), kept]
+    _uci.fit(ensemble, noisy, torch.tensor([0, 1, 0, 1]), groups, _uci.Plan(300, 20, 0.02), 0, left)
+    tau = ensemble.stacked.log_precision.exp()
+    assert torch.equal(tau[:2], tau[2:])
+    for k, member in enumerate(ensemble.members()[2:]):
+        square = (member.eval()(noisy.x[k, 80:]) - noisy.y[k, 80:]).square().mean().item()
+        assert square > 6  # the twin knows nothing of the step in them
+        assert tau[k].item() == pytest.approx(1 / square, rel=0.15)
+
+
 @pytest.mark.parametrize("method", ["learned", "searched"])
 def test_a_line_is_learned_in_its_own_units(method: str) -> None:
     with torch.random.fork_rng():
@@ -162,6 +177,7 @@ def test_splits_of_different_sizes_are_refused(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.data
-def test_the_real_sets_have_equal_splits(data_root) -> None:
+def test_the_real_sets_have_equal_splits(data_root, monkeypatch) -> None:
+    monkeypatch.setenv("VARDROP_DATA", str(data_root))
     read = _uci.read("uci:yacht", 20)
     assert [tuple(part.shape) for part in dataclasses.astuple(read)] == [(20, 277, 6), (20, 277), (20, 31, 6), (20, 31)]

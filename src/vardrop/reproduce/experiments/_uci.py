@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import vardrop as vd
 from vardrop.prediction.measures import log_likelihood
 
+_LOOK, _MEMORY = 10, 0.1  # steps between two looks at rows that are left out; weight of the newest look
 _ROWS_AT_ONCE = 2048  # of a member in one pass: what fits into a cache
 VALIDATION_SAMPLES = 100  # passes over the rows that choose the precision
 
@@ -88,7 +89,15 @@ class Batches:
         return self.order[:, self.at - self.batch : self.at]
 
 
-def fit(ensemble: vd.Ensemble, table: Table, splits: Tensor, rows: list[Tensor], plan: Plan, seed: int) -> None:
+def fit(
+    ensemble: vd.Ensemble,
+    table: Table,
+    splits: Tensor,
+    rows: list[Tensor],
+    plan: Plan,
+    seed: int,
+    left: Tensor | None = None,
+) -> None:
     """Train all members at once, each on its own minibatches.
 
     Adam with a cosine from the highest rate to nothing. A member's loss is multiplied by its number of rows relative to
@@ -101,13 +110,22 @@ def fit(ensemble: vd.Ensemble, table: Table, splits: Tensor, rows: list[Tensor],
         rows: groups of members in order, with the training rows of each: ``[members of the group, N]``.
         plan: steps, batch and rate.
         seed: of the minibatches.
+        left: rows of every split that the last group has not got. They decide the precision, for this group and for the
+            first: it is one over their mean square error in noisy passes, and follows it through training. A precision
+            fitted to training rows grows as they are learned by heart, and takes the weight from the divergence. None
+            for a precision that is learned with the network.
     """
     generator = torch.Generator(table.x.device).manual_seed(seed)
     groups = [Batches(some, plan.batch, generator) for some in rows]
     batch = min(group.batch for group in groups)
     count = torch.cat([torch.full((len(some),), float(some.shape[1])) for some in rows]).to(table.x.device)
     elbo = vd.ELBO(ensemble, num_data=int(count.max()), kl_scale=plan.kl_scale)
-    optimizer = torch.optim.Adam(ensemble.parameters(), lr=plan.rate, fused=True)
+    log_precision: Tensor = ensemble.stacked.log_precision  # type: ignore[assignment]
+    if left is not None:
+        log_precision.requires_grad_(False)
+        others = Batches(left, batch, generator)
+        square = torch.ones(len(left), device=left.device)  # of the error, a running mean
+    optimizer = torch.optim.Adam([p for p in ensemble.parameters() if p.requires_grad], lr=plan.rate, fused=True)
     ramp = max(1, min(100, plan.steps // 10))
 
     def shape(step: int) -> float:
@@ -116,9 +134,14 @@ def fit(ensemble: vd.Ensemble, table: Table, splits: Tensor, rows: list[Tensor],
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
     at = splits.unsqueeze(1)
     weight = (count / count.max()).unsqueeze(1)
-    log_precision: Tensor = ensemble.stacked.log_precision  # type: ignore[assignment]
     ensemble.train()
-    for _ in range(plan.steps):
+    for step in range(plan.steps):
+        if left is not None and step % _LOOK == 0:
+            with torch.no_grad():
+                index = others.next().repeat(2, 1)
+                error = (ensemble(table.x[at, index], per_member=True) - table.y[at, index])[len(left) :]
+                square.lerp_(error.square().mean(1), max(_MEMORY, _LOOK / (step + _LOOK)))
+                log_precision.copy_(-square.log().repeat(2))
         index = torch.cat([group.next()[:, :batch] for group in groups])
         y = table.y[at, index]
         out = ensemble(table.x[at, index], per_member=True)
@@ -235,7 +258,7 @@ def learned(table: Table, plan: Plan, hidden: int, samples: int, seed: int) -> l
     ensemble = vd.Ensemble(network, members=2 * len(splits), seed=seed).to(table.y.device)
     every = torch.arange(table.y.shape[1], device=table.y.device).expand(table.y.shape)
     kept, left = held_out(table, seed)
-    fit(ensemble, table, torch.cat([splits, splits]), [every, kept], plan, seed)
+    fit(ensemble, table, torch.cat([splits, splits]), [every, kept], plan, seed, left)
     members = ensemble.members()
     own, twins = (vd.Ensemble.from_modules(half) for half in (members[: len(splits)], members[len(splits) :]))
     said = passes(twins, _at(table.x, splits, left), min(samples, VALIDATION_SAMPLES))

@@ -13,9 +13,10 @@ both in the units of the data. The networks of all splits are the members of one
   fifths of the training rows; the rate with the largest log-density of the last fifth is chosen, with the precision τ
   that fits it best there, and the split's network is trained again, with that rate, on all training rows.
 * *learned rates*: type A variational dropout, one rate for every input and hidden unit, in one run: the network on all
-  training rows, and beside it a twin on four fifths of them, whose last fifth gives τ. No grid.
+  training rows, and beside it a twin on four fifths of them, whose errors on the last fifth give both their τ. No grid.
 
-Type A was chosen on validation rows of concrete, among all posteriors of the library. The published networks were
+Type A, and a τ from rows that are left out in place of one learned with the network, were chosen on validation rows of
+concrete, type A among all posteriors of the library. The published networks were
 trained for up to 4000 epochs; the number of steps here is a budget of a desk machine, the same for both methods.
 """
 
