@@ -88,8 +88,11 @@ class Engine:
         while done < samples and not self.silent:
             count = min(trial, samples - done) if trial else chunks.even(samples - done, size or 1)
             last = done + count == samples
+            before = None if done else seeds.foreign()
             with self._memory(call, prefix, count, measure=trial > 0 or done == 0) as memory:
                 piece = self._at_once(call, count, None if last and not done else prefix)
+                if not done and seeds.foreign() != before:
+                    raise Refused("the model draws from Python's or numpy's random numbers, which know nothing of vmap")
                 place = piece[self.main].device
                 take(piece)
                 del piece
@@ -110,17 +113,13 @@ class Engine:
             self.silent = main.numel() > 0 and not chunks.is_batched(main)
             return found
 
-        before = seeds.foreign()
         try:
             with _no_slow_rules():
-                found = torch.vmap(one, randomness="different")(torch.empty(count))
+                return torch.vmap(one, randomness="different")(torch.empty(count))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             raise Refused(_in_short(error)) from error
-        if seeds.foreign() != before:
-            raise Refused("the model draws from Python's or numpy's random numbers, which know nothing of vmap")
-        return found
 
     # ------------------------------------------------------------------------------------------------------- loop
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
 from vardrop.prediction.chunks import is_batched
@@ -136,7 +136,7 @@ class Prefix(TorchFunctionMode):
         arguments = self._described((args, kwargs))
         if self._batched:
             out = self._carry_out(func, args, kwargs)
-            self.random = any(map(is_batched, tree_leaves(out)))
+            self.random = any(map(is_batched, _tensors(out)))
         else:
             with _Draws() as draws:
                 out = func(*args, **kwargs)
@@ -144,13 +144,15 @@ class Prefix(TorchFunctionMode):
         if self.random:
             self._complete()
             return out
-        made = [tensor for tensor in tree_leaves(out) if isinstance(tensor, Tensor)]
+        made, given = _tensors(out), bool(_tensors((args, kwargs)))
         for tensor in made:
             if tensor not in self._numbers:
                 self._numbers[tensor] = len(self._tensors)
                 self._tensors.append(TensorWeakRef(tensor))
-        given = any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs)))
-        result = tree_map_only(Tensor, lambda tensor: _Number(self._numbers[tensor]), out)
+        if isinstance(out, Tensor):
+            result: Any = _Number(self._numbers[out])
+        else:
+            result = tree_map_only(Tensor, lambda tensor: _Number(self._numbers[tensor]), out) if made else out
         self._notes.append(_Note(func, arguments, result, not made and not given, bool(made) and given))
         return out
 
@@ -201,11 +203,24 @@ class Prefix(TorchFunctionMode):
         if note.acts:
             return func(*args, **kwargs)
         self.answered += 1
+        if isinstance(note.result, _Number):
+            return self._tensors[note.result.value]
         return tree_map_only(_Number, lambda number: self._tensors[number.value], note.result)
 
 
 def _nothing() -> None:
     pass
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """All tensors in arguments or a result."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, tuple | list):
+        return []
+    return [tensor for entry in value for tensor in _tensors(entry)]
 
 
 def _equal(one: Any, other: Any) -> bool:
