@@ -49,7 +49,7 @@ class Layer:
 
 def _with_all_words(module: nn.Module, x: Tensor, **extra: torch.Generator) -> Tensor:
     """Every word once in a sequence: then draws by word type are draws by position."""
-    return module(x, torch.arange(x.shape[-2]).expand(x.shape[:-1]), **extra)
+    return module(x, torch.arange(x.shape[-2], device=x.device).expand(x.shape[:-1]), **extra)
 
 
 def _with_residual(module: nn.Module, x: Tensor, **extra: torch.Generator) -> Tensor:

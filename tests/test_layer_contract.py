@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.func import vmap
 from torch.utils.checkpoint import checkpoint
 
@@ -52,6 +53,30 @@ def test_mean_variance_and_what_is_independent_of_what(layer: Layer, p: float) -
         shared={name: axis for name, axis in axes.items() if axis in layer.shared},
         samples=1000,
     )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@every_layer
+def test_the_law_and_the_generator_of_a_cuda_device(layer: Layer) -> None:
+    p, axes = 0.3, range(len(layer.shape))
+    x = torch.linspace(1, 2, math.prod(layer.shape), dtype=torch.float64, device="cuda").view(layer.shape)
+    module = Called(layer, p).to("cuda")
+    assert module.module.rate.device == x.device
+    check_noise(
+        module,
+        x,
+        variance=p / (1 - p) * x**2,
+        independent={str(axis): axis for axis in axes if axis not in layer.shared + layer.dependent},
+        shared={str(axis): axis for axis in layer.shared},
+        samples=400,
+    )
+    first, second = (layer.run(module.module, x, torch.Generator("cuda").manual_seed(3)) for _ in range(2))
+    assert torch.equal(first, second)
+    half = torch.ones(layer.shape, dtype=torch.float16, device="cuda", requires_grad=True)
+    y = layer.run(module.module, half)
+    y.sum().backward()
+    assert y.dtype == half.grad.dtype == torch.float16
+    torch.testing.assert_close(half.grad, y.detach())
 
 
 @every_layer
@@ -165,6 +190,21 @@ def test_one_graph_for_a_whole_schedule(layer: Layer) -> None:
         assert (p == 0) == bool((y == 1).all())
         scheduler.step()
     assert graphs.count == 1
+
+
+@every_layer
+def test_one_graph_for_batches_of_any_size(layer: Layer) -> None:
+    torch._dynamo.reset()
+    module = Called(layer, 0.5)
+    graphs = CompileCounter()
+    compiled = torch.compile(module, fullgraph=True, backend=graphs)
+    for size in (7, 5, 9):
+        x = torch.ones(size, *layer.shape[1:])
+        torch._dynamo.mark_dynamic(x, 0)
+        y = compiled(x)
+        assert y.shape == x.shape
+        assert not torch.equal(y, x)
+    assert graphs.frame_count == 1
 
 
 @every_layer

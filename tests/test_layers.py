@@ -312,6 +312,8 @@ def test_fast_dropout_learns_where_inputs_are_zero() -> None:
 def test_fast_dropout_is_for_linear_layers() -> None:
     with pytest.raises(TypeError, match=r"FastDropout: layer must be an nn.Linear, got Conv2d; vd.convert_"):
         layers.FastDropout(0.5, nn.Conv2d(1, 1, 1))
+    with pytest.raises(TypeError, match=r"inputs must be real, as the squares of torch.complex64 are no variances"):
+        layers.FastDropout(0.5, nn.Linear(2, 2))(torch.ones(1, 2, dtype=torch.complex64))
 
 
 # ------------------------------------------------------------------------------------------- all that wrap a layer

@@ -157,7 +157,7 @@ def concrete(
         raise ValueError(f"vardrop.functional.concrete: temperature must be above 0, got {temperature}")
     wide = _wide(x)
     logit = rate_logit.to(wide)
-    u = torch.rand(_sizes(x, shared), dtype=wide, device=x.device, **_from(generator))
+    u = torch.rand(_sizes(x, shared), dtype=wide, device=x.device, **from_generator(generator))
     z = torch.sigmoid((logit + torch.logit(u, eps=torch.finfo(wide).eps)) / temperature)
     return x * ((1 - z) / torch.sigmoid(-logit)).to(_real(x))
 
@@ -293,7 +293,7 @@ def _bernoulli(
     order = _order(x)
     stored = [sizes[axis] for axis in order]
     count = math.prod(stored)
-    words = torch.randint(-(1 << 63), (1 << 63) - 1, ((count + 3) // 4,), device=x.device, **_from(generator))
+    words = torch.randint(-(1 << 63), (1 << 63) - 1, ((count + 3) // 4,), device=x.device, **from_generator(generator))
     bits = words.view(torch.int16)[:count].view(stored).permute(_inverse(order))
     if isinstance(rate, Tensor):
         level = (rate * _LEVELS).round().clamp(max=_LEVELS - 1)
@@ -308,14 +308,14 @@ def _bernoulli(
 def _jitter(x: Tensor, std: float | Tensor, sizes: list[int], generator: torch.Generator | None) -> Tensor:
     """x times 1 + std · N(0, 1), in the memory order of x."""
     order = _order(x)
-    noise = torch.randn([sizes[axis] for axis in order], dtype=_real(x), device=x.device, **_from(generator))
+    noise = torch.randn([sizes[axis] for axis in order], dtype=_real(x), device=x.device, **from_generator(generator))
     noise = noise.permute(_inverse(order))
     if isinstance(std, Tensor):
         return x * (1 + std.to(noise.dtype) * noise)
     return x * noise.mul_(std).add_(1)
 
 
-def _from(generator: torch.Generator | None) -> dict[str, Any]:
+def from_generator(generator: torch.Generator | None) -> dict[str, Any]:
     """The argument of a draw; left out where it is None, as torch knows no symbolic sizes with one."""
     return {} if generator is None else {"generator": generator}
 

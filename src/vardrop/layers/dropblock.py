@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from vardrop.functional import from_generator
 from vardrop.layers.base import Drop, check_choice, inverse
 from vardrop.rates import Rate
 from vardrop.schedules import checked_rate
@@ -94,7 +95,8 @@ def _sparse_mask(x: Tensor, channels: int, where: _Geometry, p: Tensor, generato
 def _dense_mask(x: Tensor, channels: int, where: _Geometry, p: Tensor, generator: torch.Generator | None) -> Tensor:
     """The same law with a draw for every place and no shape that depends on them: for compilers, vmap and GPUs."""
     shape = (x.shape[0], channels, *where.grid)
-    dropped = torch.rand(shape, dtype=p.dtype, device=x.device, generator=generator) < -torch.expm1(-where.hazard(p))
+    draws = torch.rand(shape, dtype=p.dtype, device=x.device, **from_generator(generator))
+    dropped = draws < -torch.expm1(-where.hazard(p))
     if not where.extended:
         beyond = [b - 1 for b in reversed(where.block) for _ in range(2)]
         dropped = torch.nn.functional.pad(dropped, beyond)

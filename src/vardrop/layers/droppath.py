@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from vardrop.functional import from_generator
 from vardrop.layers.base import Drop, check_choice, inverse
 from vardrop.rates import Rate
 from vardrop.schedules import checked_rate
@@ -20,7 +21,8 @@ Scaling = Literal["inverted", "original"]
 
 def coins(count: int, rate: Tensor, device: torch.device, generator: torch.Generator | None) -> Tensor:
     """Independent coins, True with probability 1 - rate to within 2^-24."""
-    return torch.rand(count, device=device, generator=generator) >= rate.detach().to(device, torch.float32)
+    draws = torch.rand(count, device=device, **from_generator(generator))
+    return draws >= rate.detach().to(device, torch.float32)
 
 
 def drop_path(

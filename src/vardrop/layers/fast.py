@@ -32,7 +32,7 @@ class FastDropout(Drop):
         That of the linear layer.
 
     Raises:
-        TypeError: for any other layer, or one whose weights are random.
+        TypeError: for any other layer, or one whose weights are random; in a call, for complex inputs.
 
     Example:
         >>> import torch
@@ -67,6 +67,11 @@ class FastDropout(Drop):
     def moments(self, mean: Tensor, variance: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean and variance of the outputs, for inputs of this mean and variance (0 if None), in any mode."""
         weight, bias = self.layer.weight, self.layer.bias
+        if mean.is_complex():
+            raise TypeError(
+                f"vardrop.FastDropout: the inputs must be real, as the squares of {mean.dtype} are no variances; use "
+                "vd.layers.Dropout in front of the layer"
+            )
         variance = mean.new_zeros(()) if variance is None else variance
         if mean.dtype != torch.float16:
             return moments_linear(mean, variance, weight, bias, self.rate)
