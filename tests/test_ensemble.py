@@ -137,6 +137,9 @@ def test_a_loop_takes_the_place_of_vmap_and_says_why() -> None:
     assert ensemble.fallback is not None
     assert "data-dependent control flow" in ensemble.fallback
     assert_same(ensemble, separate)  # the statistics have moved once
+    ensemble.fallback = "chosen"
+    torch.testing.assert_close(ensemble(x, per_member=True), torch.stack([m(x[k]) for k, m in enumerate(separate)]))
+    assert ensemble.fallback == "chosen", "vmap is not tried again"
     other = vd.Ensemble(mlp(), members=2)
     other(X)
     assert other.fallback is None

@@ -47,7 +47,9 @@ class StackedPosterior(Posterior):
     def kl(self, weight: Tensor, noise: Tensor, geometry: Geometry) -> Tensor:
         if isinstance(self.config, _ADDITIVE):  # a sum over all entries as it is
             return self.config.kl(weight, noise, geometry)
-        if isinstance(self.config, _Multiplicative) and self.config.prior != "gaussian":  # so many scalars for each rate
+        if (
+            isinstance(self.config, _Multiplicative) and self.config.prior != "gaussian"
+        ):  # so many scalars for each rate
             return self.config.kl(weight, noise, geometry) * len(noise)
         return self._each(self.config.kl, weight, noise, geometry).sum()
 
