@@ -752,3 +752,16 @@ def test_a_partial_last_batch_is_a_batch() -> None:
             assert varies(model, rows)
         assert varies(model, torch.randn(1, 4))
         assert model(torch.randn(0, 4)).shape == (0, 8)
+
+
+def test_layers_with_fused_kernels_are_on_where_there_is_noise_in_them_and_nowhere_else() -> None:
+    model = nn.Sequential(encoder_layer(0.5), encoder_layer(0.0)).eval()
+    vd.convert_(model[1], vd.VariationalDropout(), where="self_attn.out_proj")
+    with vd.stochastic(nn.Sequential(model, encoder_layer(0.0).eval())) as noise:
+        assert model[0].training
+        assert model[1].training
+        assert model[1].self_attn.training
+    assert len(noise.sources) == 5
+    silent = nn.Sequential(encoder_layer(0.0), nn.Linear(2, 2)).eval()
+    with vd.stochastic(silent):
+        assert not silent[0].self_attn.training
