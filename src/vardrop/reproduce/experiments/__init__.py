@@ -1,7 +1,18 @@
 """The experiments, written out: a new one is a file here and a line in this list."""
 
 from vardrop.reproduce.experiment import Experiment
-from vardrop.reproduce.experiments import active, data_size, dropblock, droppath, kl, ood, speed, uci, variance_scaling
+from vardrop.reproduce.experiments import (
+    active,
+    data_size,
+    dropblock,
+    droppath,
+    glm,
+    kl,
+    ood,
+    speed,
+    uci,
+    variance_scaling,
+)
 
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
@@ -11,6 +22,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         variance_scaling.EXPERIMENT,
         ood.EXPERIMENT,
         active.EXPERIMENT,
+        glm.EXPERIMENT,
         dropblock.EXPERIMENT,
         droppath.EXPERIMENT,
         data_size.EXPERIMENT,
