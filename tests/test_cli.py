@@ -180,7 +180,7 @@ def test_stopping_by_hand_says_how_to_go_on(vardrop_, monkeypatch):
     assert vardrop_("train") == (
         130,
         "",
-        "vardrop: error: stopped; train goes on from its last checkpoint with --resume\n",
+        "vardrop: error: stopped; what is finished is kept: train goes on with --resume, reproduce by itself\n",
     )
 
 

@@ -297,6 +297,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except (typer.Abort, KeyboardInterrupt):
         status = 130
     except ModuleNotFoundError as error:
+        if str(error).startswith("vardrop"):  # the room has named its own extra
+            _fail(str(error))
         if (error.name or "vardrop").startswith("vardrop"):
             raise
         _fail(f"this command needs {error.name}, which is not installed; install it by {EXTRAS}")
@@ -307,7 +309,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             raise
         _fail(str(error))
     if status == 130:
-        _fail("stopped; train goes on from its last checkpoint with --resume", 130)
+        _fail("stopped; what is finished is kept: train goes on with --resume, reproduce by itself", 130)
     _exit(status if isinstance(status, int) else 0)
 
 

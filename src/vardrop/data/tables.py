@@ -32,19 +32,19 @@ def uci(name: str, split: int, root: Path | None) -> Data:
         FileNotFoundError: if there is no such folder, or it lacks a file.
         ValueError: if there is no such split, or the files are not what they should be.
     """
-    folder = _uci_folder(name, root)
-    rows = _numbers(folder / "data.txt", ndim=2)
-    features = _indices(folder / "index_features.txt", rows.shape[1])
-    target = _indices(folder / "index_target.txt", rows.shape[1])
+    folder = uci_folder(name, root)
+    rows = read_numbers(folder / "data.txt", ndim=2)
+    features = read_indices(folder / "index_features.txt", rows.shape[1])
+    target = read_indices(folder / "index_target.txt", rows.shape[1])
     if len(target) != 1 or target[0] in features:
         raise ValueError(
             f"vardrop.data: {folder} must have one target column, which is no feature, got target {target.tolist()} "
             f"and features {features.tolist()}"
         )
-    splits = int(_numbers(folder / "n_splits.txt", ndim=1)[0])
+    splits = int(read_numbers(folder / "n_splits.txt", ndim=1)[0])
     if split >= splits:
         raise ValueError(f"vardrop.data: split of uci:{name} must be from 0 to {splits - 1}, got {split}")
-    train, test = (_indices(folder / f"index_{half}_{split}.txt", len(rows)) for half in ("train", "test"))
+    train, test = (read_indices(folder / f"index_{half}_{split}.txt", len(rows)) for half in ("train", "test"))
     if np.intersect1d(train, test).size:
         raise ValueError(f"vardrop.data: split {split} of {folder} must have no row in both halves, got some")
     train_x, test_x = standardise(rows[train][:, features], rows[test][:, features])
@@ -67,18 +67,21 @@ def table(path: Path, split: int) -> Data:
         FileNotFoundError: if there is no such file.
         ValueError: with line and column of what is not as it should be.
     """
-    lines = _lines(path)
+    lines = read_lines(path)
     first = lines[0][1]
-    if all(_number(cell) is None for cell in first) and any(first[:-1]):
+    if all(as_number(cell) is None for cell in first) and any(first[:-1]):
         lines = lines[1:]  # a header
     if len(lines) < FEWEST_ROWS:
         raise ValueError(
             f"vardrop.data: {path} must have at least {FEWEST_ROWS} rows below its header, got {len(lines)}"
         )
     x = np.array(
-        [[_finite(path, line, column, cell) for column, cell in enumerate(cells[:-1], 1)] for line, cells in lines]
+        [
+            [finite_number(path, line, column, cell) for column, cell in enumerate(cells[:-1], 1)]
+            for line, cells in lines
+        ]
     )
-    y, classes = _target(path, [(line, cells[-1]) for line, cells in lines])
+    y, classes = as_target(path, [(line, cells[-1]) for line, cells in lines])
     train, test = partition(len(x), split, y if classes else None)
     train_x, test_x = standardise(x[train], x[test])
     target = torch.from_numpy(y) if classes else as_tensor(y)
@@ -88,7 +91,7 @@ def table(path: Path, split: int) -> Data:
     return Data(path.stem, task, train_x, target[train], test_x, target[test], classes)
 
 
-def _uci_folder(name: str, root: Path | None) -> Path:
+def uci_folder(name: str, root: Path | None) -> Path:
     key = f"uci:{name}"
     if key in SOURCES:
         return need(key, root)[0]
@@ -101,7 +104,7 @@ def _uci_folder(name: str, root: Path | None) -> Path:
     raise FileNotFoundError(f"vardrop.data: a UCI set must be {known}, or a folder in one of {looked}, got {key!r}")
 
 
-def _numbers(path: Path, ndim: Literal[1, 2]) -> np.ndarray:
+def read_numbers(path: Path, ndim: Literal[1, 2]) -> np.ndarray:
     """Of a text file, all finite."""
     try:
         with warnings.catch_warnings():
@@ -118,10 +121,10 @@ def _numbers(path: Path, ndim: Literal[1, 2]) -> np.ndarray:
     return values
 
 
-def _indices(path: Path, bound: int) -> np.ndarray:
+def read_indices(path: Path, bound: int) -> np.ndarray:
     if not path.is_file():
         raise FileNotFoundError(f"vardrop.data: there must be a file {path}, got none; get the folder anew")
-    values = _numbers(path, ndim=1)
+    values = read_numbers(path, ndim=1)
     indices = values.astype(np.int64)  # upstream writes them as floats
     outside = (indices != values).any() or indices.min() < 0 or indices.max() >= bound
     if outside or len(np.unique(indices)) < len(indices):
@@ -129,7 +132,7 @@ def _indices(path: Path, bound: int) -> np.ndarray:
     return indices
 
 
-def _lines(path: Path) -> list[tuple[int, list[str]]]:
+def read_lines(path: Path) -> list[tuple[int, list[str]]]:
     """(line of the file, cells) of all rows that are not empty, of equal length."""
     if not path.is_file():
         raise FileNotFoundError(f"vardrop.data: there must be a file {path}, got none (seen from {Path.cwd()})")
@@ -157,15 +160,15 @@ def _lines(path: Path) -> list[tuple[int, list[str]]]:
     return rows
 
 
-def _number(cell: str) -> float | None:
+def as_number(cell: str) -> float | None:
     try:
         return None if "_" in cell else float(cell)  # Python would read 1_000
     except ValueError:
         return None
 
 
-def _finite(path: Path, line: int, column: int, cell: str) -> float:
-    value = _number(cell)
+def finite_number(path: Path, line: int, column: int, cell: str) -> float:
+    value = as_number(cell)
     if value is None or not math.isfinite(value):
         raise ValueError(
             f"vardrop.data: every column of {path} but the last must have finite numbers, got {cell!r} in line {line}, "
@@ -174,9 +177,9 @@ def _finite(path: Path, line: int, column: int, cell: str) -> float:
     return value
 
 
-def _target(path: Path, cells: list[tuple[int, str]]) -> tuple[np.ndarray, tuple[str, ...]]:
+def as_target(path: Path, cells: list[tuple[int, str]]) -> tuple[np.ndarray, tuple[str, ...]]:
     """Class indices and their names, or quantities and no names."""
-    values = [_number(cell) for _, cell in cells]
+    values = [as_number(cell) for _, cell in cells]
     for (line, cell), value in zip(cells, values, strict=True):
         if cell == "" or (value is not None and not math.isfinite(value)):
             raise ValueError(

@@ -141,10 +141,10 @@ def _file(run: OpenRun, path: Path) -> Examples:
             f"{run.data.name}; name a set of images"
         )
     train_x, header = _training_rows(run)
-    lines = tables._lines(path)
+    lines = tables.read_lines(path)
     width = train_x.shape[1]
     names = lines[0][1]
-    if all(tables._number(cell) is None for cell in names):
+    if all(tables.as_number(cell) is None for cell in names):
         lines = lines[1:]
         if header and names not in (header, header[:-1]):
             raise ValueError(
@@ -158,7 +158,7 @@ def _file(run: OpenRun, path: Path) -> Examples:
             f"vardrop.evaluation: {path} must have {width} columns, or {width + 1} with the target, got {len(names)}"
         )
     rows = [
-        [tables._finite(path, line, column, cell) for column, cell in enumerate(cells[:width], 1)]
+        [tables.finite_number(path, line, column, cell) for column, cell in enumerate(cells[:width], 1)]
         for line, cells in lines
     ]
     _, x = standardise(train_x, np.array(rows))
@@ -170,7 +170,7 @@ def _truths(run: OpenRun, path: Path, cells: list[tuple[int, str]]) -> Tensor:
     """Classes by their names, or numbers; an empty cell is a truth that is not known."""
     found: list[float] = []
     for line, cell in cells:
-        value = tables._number(cell)
+        value = tables.as_number(cell)
         if run.regression:
             if cell and value is None:
                 raise ValueError(
@@ -193,16 +193,16 @@ def _training_rows(run: OpenRun) -> tuple[np.ndarray, list[str]]:
     """The run's training rows as they stand in its file, and the file's header; they say how to standardise others."""
     source, split = run.config.data, run.config.split
     if source.startswith("uci:"):
-        folder = tables._uci_folder(source.removeprefix("uci:"), run.root)
-        rows = tables._numbers(folder / "data.txt", ndim=2)
-        features = tables._indices(folder / "index_features.txt", rows.shape[1])
-        train = tables._indices(folder / f"index_train_{split}.txt", len(rows))
+        folder = tables.uci_folder(source.removeprefix("uci:"), run.root)
+        rows = tables.read_numbers(folder / "data.txt", ndim=2)
+        features = tables.read_indices(folder / "index_features.txt", rows.shape[1])
+        train = tables.read_indices(folder / f"index_train_{split}.txt", len(rows))
         return rows[train][:, features], []
     path = Path(source).expanduser()
-    lines = tables._lines(path)
+    lines = tables.read_lines(path)
     first = lines[0][1]
-    header = first if all(tables._number(cell) is None for cell in first) and any(first[:-1]) else []
+    header = first if all(tables.as_number(cell) is None for cell in first) and any(first[:-1]) else []
     lines = lines[1:] if header else lines
     x = np.array([[float(cell) for cell in cells[:-1]] for _, cells in lines])
-    y, classes = tables._target(path, [(line, cells[-1]) for line, cells in lines])
+    y, classes = tables.as_target(path, [(line, cells[-1]) for line, cells in lines])
     return x[partition(len(x), split, y if classes else None)[0]], header
