@@ -353,6 +353,10 @@ def test_arguments_that_are_not_told_apart_are_refused() -> None:
     words = r"mask must have a row for each of the 40 examples, or one for all, .* got shape \(3,\)"
     with pytest.raises(ValueError, match=words):
         layer(torch.ones(40, 3), torch.ones(3))
+    with pytest.raises(
+        TypeError, match=r"a generator must be given by its name, as what stands behind x is the block's"
+    ):
+        layer(torch.ones(4, 3), torch.Generator())
     with pytest.raises(TypeError, match=r"StochasticDepth: block must give a tensor, got tuple; wrap what makes the"):
         StochasticDepth(nn.LSTM(3, 3), 0.0)(torch.ones(2, 2, 3))
 

@@ -88,7 +88,7 @@ class StochasticDepth(Rated):
         [batch, ...] with any number of dimensions; block and shortcut must agree on the shape out.
 
     Raises:
-        TypeError: if block or shortcut is no module, or the block gives no tensor.
+        TypeError: if block or shortcut is no module, the block gives no tensor, or a generator comes by position.
         ValueError: if p is no rate, a choice is unknown, x has no batch dimension, the shapes do not agree, ``rows``
             has a name that the block does not know, or a call has tensors besides x of which ``rows`` does not tell.
 
@@ -135,7 +135,7 @@ class StochasticDepth(Rated):
     def forward(self, x: Tensor, *args: Any, generator: torch.Generator | None = None, **kwargs: Any) -> Tensor:
         if x.ndim == 0:
             raise ValueError("vardrop.StochasticDepth: x must have a batch dimension, got a number")
-        if self.mode == "row" and (args or kwargs):
+        if args or kwargs:
             self._check_told(args, kwargs)
         base = x if self.shortcut is None else self.shortcut(x)
         if not self.training:
@@ -157,7 +157,16 @@ class StochasticDepth(Rated):
         return _add_rows(base, kept, self._branch(_take_rows(x, kept), base, *args, **kwargs), scale)
 
     def _check_told(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.rows is None and any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))):
+        if any(isinstance(value, torch.Generator) for value in args):
+            raise TypeError(
+                "vardrop.StochasticDepth: a generator must be given by its name, as what stands behind x is the "
+                "block's, got one by position; write generator=..."
+            )
+        if (
+            self.mode == "row"
+            and self.rows is None
+            and any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs)))
+        ):
             raise ValueError(
                 "vardrop.StochasticDepth: rows= must name the arguments that have a row for every example, as the "
                 "block gets the kept rows of them, got tensors besides x and no rows; rows=() says that none has"
