@@ -205,11 +205,17 @@ def test_answers_that_are_no():
     assert fine == 0
 
 
-def test_a_rate_with_fewer_seeds_than_others_is_not_chosen():
+def test_rates_are_compared_on_the_seeds_that_all_of_them_have():
+    """The second seed of 0.4 is so bad that its mean is worse than those of the others."""
     results = planted(world)
-    lone = results[0].rows[0] | {"rate": 0.5, "val_nll": 0.0}
-    rows = data_size.summarise([*results, Result("data-size", "smoke", {}, 0, {}, None, "here", 1, 1.0, [lone])])
-    assert [row["best_fixed_rate"] for row in rows if row["table"] == "sizes"] == [0.4, 0.1, 0.0]
+    (bad,) = (r for r in results[0].rows if (r["percent"], r["rate"], r["seed"]) == (1, 0.4, 1))
+    bad["val_nll"] = 9.0
+    lone = results[0].rows[0] | {"rate": 0.5, "val_nll": 5.0}
+    more = Result("data-size", "smoke", {}, 0, {}, None, "here", 1, 1.0, [lone])
+    assert next(row["best_fixed_rate"] for row in data_size.summarise(results) if row["table"] == "sizes") == 0.1
+    assert (
+        next(row["best_fixed_rate"] for row in data_size.summarise([*results, more]) if row["table"] == "sizes") == 0.4
+    )
 
 
 def test_a_rate_that_never_varies_correlates_with_nothing():
