@@ -213,7 +213,9 @@ class _Found:
                     (d.narrow(axis, 1, d.shape[axis] - 1) * d.narrow(axis, 0, d.shape[axis] - 1)).mean(),
                 )
         for name, axis in self.shared.items():
-            self.equal[f"shared along {name}"] &= bool(torch.allclose(d, d.narrow(axis, 0, 1).expand(d.shape)))
+            self.equal[f"shared along {name}"] &= bool(
+                torch.allclose(d, d.narrow(axis, 0, 1).expand(d.shape), atol=1e-5)
+            )
         if self.gather is not None:
             self._keep("independent across ranks", _pairs(self.gather(d), 0))
 
