@@ -67,7 +67,7 @@ _STEPS = {  # at scale cpu
     "kin8nm": 5000,
     "naval-propulsion-plant": 12_000,  # the noise in it is a hundredth of that in the others
     "power-plant": 4000,
-    PROTEIN: 8000,
+    PROTEIN: 24_000,
     "wine-quality-red": 2500,
     "yacht": 3000,
 }
