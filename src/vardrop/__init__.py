@@ -1,7 +1,8 @@
 """vardrop: dropout that learns its rates, tells its uncertainty, and shrinks networks."""
 
-from vardrop import functional, kl, layers, presets, rates, testing, uncertainty
+from vardrop import functional, kl, layers, presets, rates, sparsity, testing, uncertainty
 from vardrop.convert import Report, convert_, restore_
+from vardrop.diagnosis.diagnose import diagnose
 from vardrop.ensemble import Ensemble
 from vardrop.gradient import gradient_variance
 from vardrop.objective import ELBO, dropout_rates, kl_divergence
@@ -10,6 +11,8 @@ from vardrop.prediction.prediction import Prediction
 from vardrop.prediction.stochastic import stochastic
 from vardrop.replace import replace_dropout_
 from vardrop.set_rates import set_rates_
+from vardrop.sparsity.finetune import finetune
+from vardrop.sparsity.sparsify import sparsify_
 from vardrop.uncertainty.acquisition import acquire
 from vardrop.uncertainty.selection import select
 from vardrop.variance import VarianceTerms, variance_terms
@@ -33,8 +36,10 @@ __all__ = [
     "VariationalDropout",
     "acquire",
     "convert_",
+    "diagnose",
     "dropout_rates",
     "estimator",
+    "finetune",
     "functional",
     "gradient_variance",
     "kl",
@@ -48,6 +53,8 @@ __all__ = [
     "restore_",
     "select",
     "set_rates_",
+    "sparsify_",
+    "sparsity",
     "stochastic",
     "testing",
     "uncertainty",
