@@ -16,7 +16,7 @@ check: $(READY)  ## format, lint, types, doctests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q src README.md docs/layers.md
+	$(BIN)/python -m pytest -q src README.md docs
 
 bench: $(READY)  ## speed and memory as ratios to plain layers, side by side in one run
 	$(BIN)/python -m benchmarks
