@@ -80,6 +80,8 @@ CASES = [
     Case("transformer encoder, batch 16", encoder, (16, 32, 128), 1.0),
     Case("transformer encoder, batch 1", encoder, (1, 32, 128), 1.0),
     Case("LSTM, batch 32", Recurrent, (32, 20, 32), 1.0),
+    Case("LSTM, batch 16", Recurrent, (16, 20, 32), 1.0),
+    Case("LSTM, batch 1", Recurrent, (1, 20, 32), 1.0),
     Case("MLP with random weights, batch 100", converted_mlp, (100, 784), 1.0),
 ]
 

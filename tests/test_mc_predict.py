@@ -241,7 +241,7 @@ def test_noise_that_is_not_torchs_is_drawn_for_every_pass() -> None:
         assert 0.2 < (found.samples.mean((1, 2)) > 50).float().mean() < 0.8
 
 
-def test_recurrent_dropout_runs_in_the_loop_and_varies() -> None:
+def test_recurrent_dropout_runs_at_once_and_varies() -> None:
     class Last(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -251,7 +251,7 @@ def test_recurrent_dropout_runs_in_the_loop_and_varies() -> None:
             return self.lstm(x)[0][:, -1]
 
     found = vd.mc_predict(Last(), X.unsqueeze(1), 10)
-    assert found.engine == "loop"
+    assert found.engine == "vmap"
     assert (found.std > 0).all()
 
 

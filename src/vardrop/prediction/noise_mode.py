@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from vardrop.functional import drop
+from vardrop.prediction.recurrent import packing, recurrent
 from vardrop.weights.random_weight import _run_body
 
 Args = tuple[Any, ...]
@@ -207,14 +208,12 @@ def attention(
 
 def _recurrent(mode: NoiseMode, func: Any, args: Args, kwargs: Kwargs) -> Any:
     """LSTM, GRU and RNN: vmap sees one operation without anything to batch, and would draw one mask for all samples."""
-    packed = isinstance(args[1], Tensor) and not args[1].is_floating_point()
-    rate, train = args[5 + packed], args[6 + packed]
-    if rate > 0 and train and _transform() is not None:
-        raise RuntimeError(
-            f"vardrop.stochastic: the dropout inside of {func.__name__} must not be used under vmap, which draws one "
-            f"mask for all samples, got p = {rate:g}; run the passes one by one"
-        )
-    return func(*args, **kwargs)
+    return func(*args, **kwargs) if _transform() is None else recurrent(func, args, kwargs)
+
+
+def _packing(mode: NoiseMode, func: Any, args: Args, kwargs: Kwargs) -> Any:
+    """What stands around them where the sequences have lengths of their own."""
+    return func(*args, **kwargs) if _transform() is None else packing(func, args, kwargs)
 
 
 def _fresh(mode: NoiseMode, func: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -272,6 +271,7 @@ _HANDLED: dict[Any, Callable[[NoiseMode, Any, Args, Kwargs], Any]] = {
     F.scaled_dot_product_attention: _fused_attention,
     **dict.fromkeys((torch.empty, torch.empty_like, Tensor.new_empty), _fresh),
     **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _recurrent),
+    **dict.fromkeys((torch._pack_padded_sequence, torch._pad_packed_sequence), _packing),
     F.batch_norm: _norm,
     F.instance_norm: _norm,
 }

@@ -126,8 +126,9 @@ class Prefix(TorchFunctionMode):
 
     def _carry_out(self, func: Any, args: Any, kwargs: Any) -> Any:
         out = func(*args, **kwargs)
-        if self._batched and is_batched(out):
-            self.largest = max(self.largest, out.numel() * out.itemsize)
+        if self._batched:
+            sizes = (tensor.numel() * tensor.itemsize for tensor in _tensors(out) if is_batched(tensor))
+            self.largest = max(self.largest, *sizes, 0)
         return out
 
     # ---------------------------------------------------------------------------------------------------- writing
