@@ -1,0 +1,6 @@
+"""From learned noise to a smaller network: zeros, networks without them, digits that the noise pays for, files."""
+
+from vardrop.sparsity.finetune import finetune
+from vardrop.sparsity.sparsify import LayerSparsity, SparsityPoint, SparsityReport, sparsify_
+
+__all__ = ["LayerSparsity", "SparsityPoint", "SparsityReport", "finetune", "sparsify_"]
