@@ -3,6 +3,7 @@
 from vardrop import functional, kl, layers, presets, rates, sparsity, testing, uncertainty
 from vardrop.convert import Report, convert_, restore_
 from vardrop.diagnosis.diagnose import diagnose
+from vardrop.diagnosis.fixes.fix import fix_variance_shift_
 from vardrop.ensemble import Ensemble
 from vardrop.gradient import gradient_variance
 from vardrop.objective import ELBO, dropout_rates, kl_divergence
@@ -39,6 +40,7 @@ __all__ = [
     "diagnose",
     "dropout_rates",
     "estimator",
+    "fix_variance_shift_",
     "finetune",
     "functional",
     "gradient_variance",

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vardrop.diagnosis.batchnorms import batchnorms, measure
 from vardrop.diagnosis.passes import Passes
+from vardrop.diagnosis.statistics import Inputs
+
+_PASSES = 5  # at most
+_SAME = 1e-3
 
 
 def recalibrate(passes: Passes) -> list[str]:
     """Set the running statistics of every BatchNorm to those of its inputs with the noise off.
 
     First all normalise by their batch, and averages over all batches are taken: statistics of a layer hang on those of
-    the layers before. Then a pass in evaluation gives the exact means and variances over all examples.
+    the layers before. From there passes in evaluation give means and variances over all examples; each makes one more
+    layer exact, whatever the sizes of the batches, and they end as soon as one changes next to nothing.
 
     Args:
         passes: the model, borrowed; the buffers are changed until the loan ends.
@@ -25,12 +31,25 @@ def recalibrate(passes: Passes) -> list[str]:
     """
     chosen = {module: name for module, name in batchnorms(passes.model).items() if keeps_statistics(module)}
     _averages(passes, [module for module in chosen if isinstance(module, _BatchNorm)])
-    found, _ = measure(passes, chosen, {}, noise=None)
-    for module, inputs in found.items():
-        unbiased = inputs.count / max(inputs.count - 1, 1)
-        module.running_mean.copy_(inputs.mean())  # type: ignore[operator]
-        module.running_var.copy_(inputs.variance() * unbiased)  # type: ignore[operator]
+    found: dict[nn.Module, Inputs] = {}
+    for _ in range(_PASSES):
+        found, _failed = measure(passes, chosen, {}, noise=None)
+        if max((_set(module, inputs) for module, inputs in found.items()), default=0.0) < _SAME:
+            break
     return [chosen[module] for module in found]
+
+
+def _set(module: nn.Module, inputs: Inputs) -> float:
+    """Take over measured statistics; by what share of a variance, at most, any of them changes."""
+    mean, variance = module._buffers["running_mean"], module._buffers["running_var"]
+    if mean is None or variance is None:
+        return 0.0
+    new = (inputs.mean().to(mean), (inputs.variance() * inputs.count / max(inputs.count - 1, 1)).to(variance))
+    scale = new[1].clamp_min(1e-12)
+    change = torch.maximum((mean - new[0]).square() / scale, (variance - new[1]).abs() / scale)[inputs.alive()]
+    mean.copy_(new[0])
+    variance.copy_(new[1])
+    return float(change.max()) if len(change) else 0.0
 
 
 def keeps_statistics(module: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -58,14 +58,10 @@ Rule = Callable[[Facts], Iterator[Finding]]
 
 def variance_shift(facts: Facts) -> Iterator[Finding]:
     """BatchNorms whose input has another variance in training: one finding for each source, at its worst BatchNorm."""
-    by_source: dict[str, list[BatchNormShift]] = {}
-    for found in facts.batchnorms:
-        if shifts_surely(found) and not _fits_evaluation(found):
-            for where in _causes(found):
-                by_source.setdefault(where, []).append(found)
-    for where, hit in by_source.items():
-        worst = max(hit, key=lambda found: abs(math.log(_alone(found, where))))
-        ratio = _alone(worst, where)
+    harmful = [found for found in facts.batchnorms if shifts_surely(found) and not _fits_evaluation(found)]
+    for where, hit in by_cause(harmful).items():
+        worst = max(hit, key=lambda found: abs(math.log(alone(found, where))))
+        ratio = alone(worst, where)
         names = some([found.name for found in hit])
         theory = "" if worst.theory is None else f", by theory {worst.theory:.3g}"
         yield Finding(
@@ -95,6 +91,15 @@ def _fits_evaluation(found: BatchNormShift) -> bool:
     return found.seen != 0 and abs(math.log(found.running)) < 0.5 * abs(math.log(found.ratio))
 
 
+def by_cause(shifted: Iterable[BatchNormShift]) -> dict[str, list[BatchNormShift]]:
+    """The BatchNorms that each source of noise shifts; those whose source is not known under their own names."""
+    found: dict[str, list[BatchNormShift]] = {}
+    for shift in shifted:
+        for where in _causes(shift):
+            found.setdefault(where, []).append(shift)
+    return found
+
+
 def _causes(found: BatchNormShift) -> list[str]:
     """What shifts a BatchNorm: each source that does so alone, else the one that does most."""
     if not found.causes:
@@ -103,7 +108,7 @@ def _causes(found: BatchNormShift) -> list[str]:
     return strong or [max(found.causes, key=lambda name: abs(math.log(found.causes[name])))]
 
 
-def _alone(found: BatchNormShift, where: str) -> float:
+def alone(found: BatchNormShift, where: str) -> float:
     """k² that a source gives alone, where that is known."""
     return found.causes.get(where, found.ratio)
 
