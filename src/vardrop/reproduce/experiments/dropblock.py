@@ -28,7 +28,7 @@ def cells(scale: str) -> list[Config]:
     trained = [
         {**base, "method": method, "rate": rate, "seed": seed} for seed in range(seeds) for method, rate in methods
     ]
-    return [*trained, {**base, "rounds": 2 if scale == "smoke" else 40, "rate": rates[-1], "seed": 0}]
+    return [*trained, {**base, "rounds": 2 if scale == "smoke" else 100, "rate": rates[-1], "seed": 0}]
 
 
 def build(channels: int, config: Config) -> nn.Sequential:

@@ -34,7 +34,7 @@ def cells(scale: str) -> list[Config]:
     trained = [
         {**base, "method": method, "rate": rate, "seed": seed} for seed in range(seeds) for method, rate in methods
     ]
-    return [*trained, {**base, "rounds": 2 if scale == "smoke" else 40, "rate": 0.5, "seed": 0}]
+    return [*trained, {**base, "rounds": 2 if scale == "smoke" else 100, "rate": 0.5, "seed": 0}]
 
 
 def drop_rates(config: Config) -> list[float] | None:
