@@ -2,6 +2,7 @@
 
 from vardrop import functional, kl, layers, presets, rates, sparsity, testing, uncertainty
 from vardrop.convert import Report, convert_, restore_
+from vardrop.diagnosis.adaptive_l2 import effective_l2
 from vardrop.diagnosis.diagnose import diagnose
 from vardrop.diagnosis.fixes.fix import fix_variance_shift_
 from vardrop.ensemble import Ensemble
@@ -12,6 +13,7 @@ from vardrop.prediction.prediction import Prediction
 from vardrop.prediction.stochastic import stochastic
 from vardrop.replace import replace_dropout_
 from vardrop.set_rates import set_rates_
+from vardrop.sparsity.compact import compact
 from vardrop.sparsity.finetune import finetune
 from vardrop.sparsity.sparsify import sparsify_
 from vardrop.uncertainty.acquisition import acquire
@@ -36,12 +38,14 @@ __all__ = [
     "VarianceTerms",
     "VariationalDropout",
     "acquire",
+    "compact",
     "convert_",
     "diagnose",
     "dropout_rates",
+    "effective_l2",
     "estimator",
-    "fix_variance_shift_",
     "finetune",
+    "fix_variance_shift_",
     "functional",
     "gradient_variance",
     "kl",
