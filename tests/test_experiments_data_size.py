@@ -239,6 +239,6 @@ def test_a_cell_runs_is_the_same_twice_and_leaves_the_generator_alone():
 
 def test_the_figure_is_drawn_from_rows():
     drawn = data_size.figure(planted(world), [])
-    left, right = drawn.axes
+    left, _, right = drawn.axes
     assert left.get_xscale() == "log"
     assert [text.get_text() for text in right.get_legend().get_texts()][:2] == ["best fixed", data_size.WEIGHTS]

@@ -269,8 +269,8 @@ def figure(results: list[Result], claims: list[Claim]) -> Figure:
     sites = SITES + " (first seed)" * any(
         row["method"] == SITES and row["seeds"] == 1 for row in rows if "seeds" in row
     )
-    drawn = Figure(figsize=(9, 3.4), layout="constrained")
-    left, right = drawn.subplots(1, 2)
+    drawn = Figure(figsize=(12, 3.4), layout="constrained")
+    left, middle, right = drawn.subplots(1, 3)
     for column, style, label in (
         ("test_nll_rate_0", "C7o-", "rate 0"),
         ("test_nll_best_fixed", "C1s-", "best fixed rate"),
@@ -278,7 +278,9 @@ def figure(results: list[Result], claims: list[Claim]) -> Figure:
         ("test_nll_learned_sites", "C2^--", sites),
     ):
         values = [math.nan if row[column] is None else row[column] for row in sizes]
-        left.errorbar(percents, values, [row["spread"] or 0 for row in sizes], fmt=style, label=label, markersize=4)
+        left.plot(percents, values, style, label=label, markersize=4)
+        above = [value - row["test_nll_rate_0"] for value, row in zip(values, sizes, strict=True)]
+        middle.errorbar(percents, above, [row["spread"] or 0 for row in sizes], fmt=style, markersize=4, capsize=2)
     for column, style, label in (
         ("best_fixed_rate", "C1s-", "best fixed"),
         ("learned_rate", "C0D-", WEIGHTS),
@@ -287,11 +289,13 @@ def figure(results: list[Result], claims: list[Claim]) -> Figure:
         values = [math.nan if row[column] is None else row[column] for row in sizes]
         right.plot(percents, values, style, label=label, markersize=4)
     right.axhspan(0, 0.05, color="C3", alpha=0.15, label="large models (article)")
+    middle.set(title="test nll above that of rate 0", xlabel="training data, %", xscale="log")
     left.set(title="test nll, nats a character", xlabel="training data, %", xscale="log")
     right.set(title="rate", xlabel="training data, %", xscale="log")
-    for axes in (left, right):
-        axes.set_xticks(percents, [f"{percent:g}" for percent in percents], minor=False)
-        axes.legend(fontsize="small")
+    for axes in (left, middle, right):
+        axes.set_xticks(percents, [f"{percent:g}" for percent in percents])
+    left.legend(fontsize="small")
+    right.legend(fontsize="small")
     return drawn
 
 
