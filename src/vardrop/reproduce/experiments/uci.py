@@ -16,9 +16,9 @@ both in the units of the data. The networks of all splits are the members of one
   training rows, and beside it a twin on four fifths of them, whose errors on the last fifth give both their τ. No grid.
 
 Type A, and a τ from rows that are left out in place of one learned with the network, were chosen on validation rows of
-concrete, type A among all posteriors of the library. The published networks were
-trained for up to 4000 epochs; the number of steps here is a budget of a desk machine, the same for both methods. Those
-of naval and protein were raised, for both, after a first run of 5000 and 8000 steps had ended far from done.
+concrete, type A among all posteriors of the library. The published networks were trained for up to 4000 epochs; the
+number of steps here is a budget of a desk machine, the same for both methods. Those of naval and protein were raised,
+for both, after a first run of 5000 and 8000 steps had ended far from done.
 """
 
 from __future__ import annotations
