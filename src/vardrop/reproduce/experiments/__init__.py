@@ -12,6 +12,7 @@ from vardrop.reproduce.experiments import (
     speed,
     uci,
     variance_scaling,
+    variance_shift,
 )
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -27,6 +28,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         droppath.EXPERIMENT,
         data_size.EXPERIMENT,
         uci.EXPERIMENT,
+        variance_shift.EXPERIMENT,
     )
 }
 
