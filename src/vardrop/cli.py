@@ -22,6 +22,7 @@ try:
     from rich.console import Console
     from rich.table import Column, Table
 
+    from vardrop.diagnosis.command import diagnose
     from vardrop.evaluation.commands import evaluate, predict
 except ModuleNotFoundError as _error:
     sys.stderr.write(f"vardrop: error: the command line needs {_error.name}; install it by {EXTRAS}\n")
@@ -232,6 +233,7 @@ def reproduce(ctx: typer.Context) -> None:
 
 app.command()(predict)
 app.command()(evaluate)
+app.command()(diagnose)
 
 
 def _config(ctx: typer.Context, out: Path, resume: bool) -> Config:

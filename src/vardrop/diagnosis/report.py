@@ -199,6 +199,11 @@ class Diagnosis:
         """The largest distance of a BatchNorm's k² from 1; 0 if there is none."""
         return max((abs(found.ratio - 1) for found in self.batchnorms), default=0.0)
 
+    @property
+    def gap(self) -> float:
+        """The largest distance from 1 of a running variance, in variances of evaluation; 0 if there is none."""
+        return max((abs(found.running - 1) for found in self.batchnorms if found.seen != 0), default=0.0)
+
     def __str__(self) -> str:
         return "\n".join(self._lines())
 

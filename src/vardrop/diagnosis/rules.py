@@ -70,7 +70,7 @@ def variance_shift(facts: Facts) -> Iterator[Finding]:
             abs(ratio - 1),
             f"k² = {worst.ratio:.3g} ± {worst.error:.1g} at {worst.name}{theory}"
             + (f", {ratio:.3g} by this noise alone" if len(worst.causes) > 1 else ""),
-            f"With this noise on the input of {names} has another variance than in evaluation, which its running "
+            f"With this noise on, the input of {names} has another variance than in evaluation, which its running "
             "statistics do not know.",
             _remedy(facts, where, hit),
             tuple(found.name for found in hit),

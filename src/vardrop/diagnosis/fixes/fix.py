@@ -195,7 +195,9 @@ class _Work:
         why = f"It makes the model worse, {scores.mean:.4g} instead of {now.mean:.4g}." if worse else ""
         if name == "layernorm" and self.finetune is None:
             why = (why + " It changes the function and needs fine-tuning; finetune= has it judged after that.").strip()
-        return _Tried(Attempt(name, scores.mean, after.worst, changes.changed, changes.left, why), scores, made)
+        ks = {shift.name: (shift.k, shift.k_error) for shift in after.batchnorms}
+        tried = Attempt(name, scores.mean, after.worst, after.gap, changes.changed, changes.left, why, ks)
+        return _Tried(tried, scores, made)
 
     def _pointless(self, name: str, found: list[Offender], before: Diagnosis, measure: str) -> str | None:
         if not before.batchnorms:

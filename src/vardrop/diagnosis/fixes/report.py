@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 from vardrop.diagnosis.report import TEXT, Diagnosis, some
 
+_ROUNDING = 1e-6
+
 
 @dataclass(frozen=True)
 class Attempt:
@@ -17,17 +19,21 @@ class Attempt:
         strategy: its name.
         after: the measure with it, lower is better; None if it could not be tried.
         shift: the largest distance of a k² from 1 that is left in training.
+        gap: the largest distance from 1 of running variances, in variances of evaluation.
         changed: name -> what it is now.
         left: name -> why it was left alone.
         why: a sentence on what came of it.
+        ks: BatchNorm -> its k with the cure, and the standard error of that.
     """
 
     strategy: str
     after: float | None
     shift: float | None
+    gap: float | None = None
     changed: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     why: str = ""
+    ks: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,12 +62,11 @@ class FixReport:
     def _lines(self) -> Iterator[str]:
         kept = "nothing that was tried is better" if self.attempts else "nothing is wrong that it could cure"
         yield f"kept: {self.chosen}" if self.chosen else f"the model is as it was: {kept}"
-        yield f"{'':14} {self.measure:>16} {'largest |k² - 1|':>17}"
-        yield f"{'as it was':14} {self.before:16.4g} {self.diagnosis.worst:17.3g}"
+        yield f"{'':14} {self.measure:>16} {'|k² - 1| up to':>15} {'running off by':>15}"
+        yield f"{'as it was':14} {self.before:16.4g} {_small(self.diagnosis.worst):>15} {_small(self.diagnosis.gap):>15}"
         for attempt in self.attempts:
             after = "-" if attempt.after is None else f"{attempt.after:.4g}"
-            shift = "-" if attempt.shift is None else f"{attempt.shift:.3g}"
-            yield f"{attempt.strategy:14} {after:>16} {shift:>17}"
+            yield f"{attempt.strategy:14} {after:>16} {_small(attempt.shift):>15} {_small(attempt.gap):>15}"
         for attempt in self.attempts:
             if attempt.why:
                 yield textwrap.fill(f"{attempt.strategy}: {attempt.why}", TEXT, subsequent_indent="    ")
@@ -75,3 +80,8 @@ class FixReport:
 
     def _kept(self) -> Attempt:
         return next((tried for tried in self.attempts if tried.strategy == self.chosen), Attempt("", None, None))
+
+
+def _small(value: float | None) -> str:
+    """A number in which rounding errors are 0."""
+    return "-" if value is None else f"{0.0 if abs(value) < _ROUNDING else value:.3g}"
