@@ -1,0 +1,190 @@
+"""Attention with fewer heads, and transformer layers with fewer hidden units."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from vardrop.sparsity.rebuild import replace
+
+_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
+
+class CompactAttention(nn.Module):
+    """Multi-head attention whose heads need not fill the width of the model; what :func:`compact` puts in.
+
+    Takes the arguments of ``nn.MultiheadAttention`` and returns its output, without the attention weights, which would
+    be those of all heads.
+
+    Args:
+        attention: the module to take the weights from.
+        heads: which of its heads stay.
+        bias: of the output projection.
+    """
+
+    def __init__(self, attention: nn.MultiheadAttention, heads: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.all_heads, self.heads = attention.num_heads, heads.tolist()
+        self.embed_dim, self.head_dim = attention.embed_dim, attention.head_dim
+        self.num_heads, self.batch_first, self.dropout = len(self.heads), attention.batch_first, attention.dropout
+        self._qkv_same_embed_dim, self.in_proj_bias = False, None  # transformer layers ask, for their fused path
+        rows = _entries(heads, attention.head_dim)
+        weights, biases = projections(attention)
+        self.q, self.k, self.v = (
+            _linear(weight[rows], None if shift is None else shift[rows])
+            for weight, shift in zip(weights, biases, strict=True)
+        )
+        self.out_proj = _linear(attention.out_proj.weight.detach()[:, rows], bias)
+        self.train(attention.training)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, None]:
+        batched = query.ndim == 3
+        if not batched:
+            query, key, value = (x.unsqueeze(0) for x in (query, key, value))
+        elif not self.batch_first:
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        parts = (self.q(query), self.k(key), self.v(value))
+        q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in parts)
+        mask = self._mask(attn_mask, key_padding_mask, q)
+        mixed = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
+        out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
+        if not batched:
+            return out.squeeze(0), None
+        return out if self.batch_first else out.transpose(0, 1), None
+
+    def _mask(self, attention: Tensor | None, padding: Tensor | None, q: Tensor) -> Tensor | None:
+        """Both masks as one that is added to the scores, ``[batch, heads, queries, keys]`` or less."""
+        mask = None
+        if attention is not None:
+            mask = _added(attention, q)
+            if mask.ndim == 3:
+                mask = mask.unflatten(0, (-1, self.all_heads))[:, self.heads]
+        if padding is not None:
+            padding = _added(padding, q)
+            padding = padding[:, None, None, :] if padding.ndim == 2 else padding
+            mask = padding if mask is None else mask + padding
+        return mask
+
+    def extra_repr(self) -> str:
+        return f"heads={self.num_heads} of {self.all_heads}, head_dim={self.head_dim}"
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight.clone())
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.clone())
+    return layer
+
+
+def _added(mask: Tensor, q: Tensor) -> Tensor:
+    return q.new_zeros(mask.shape).masked_fill(mask, -math.inf) if mask.dtype == torch.bool else mask.to(q)
+
+
+def _entries(heads: Tensor, width: int) -> Tensor:
+    """The rows of a projection that belong to some heads."""
+    return (heads[:, None] * width + torch.arange(width, device=heads.device)).flatten()
+
+
+def projections(attention: nn.MultiheadAttention) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Weights and biases of query, key and value."""
+    shift = attention.in_proj_bias
+    biases: list[Tensor | None] = [None] * 3 if shift is None else list(shift.detach().chunk(3))
+    if attention.in_proj_weight is not None:
+        return list(attention.in_proj_weight.detach().chunk(3)), biases
+    return [getattr(attention, f"{name}_proj_weight").detach() for name in "qkv"], biases
+
+
+def compact_attention(
+    model: nn.Module, changed: dict[str, tuple[str, str]], left: dict[str, str], fixed: dict[int, str]
+) -> None:
+    """Remove dead heads and dead hidden units of transformer layers, in place."""
+    for name, module in list(model.named_modules()):
+        if type(module) in _LAYERS:
+            _feed_forward(module, name, changed, fixed)
+        if type(module) is nn.MultiheadAttention:
+            small = _fewer_heads(module, name, left, fixed)
+            if small is not None:
+                replace(model, module, small)
+                changed[name] = (f"{module.num_heads} heads", f"{small.num_heads} heads")
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, CompactAttention) for m in module.modules()):
+            module.use_nested_tensor = False
+
+
+def _fewer_heads(
+    attention: nn.MultiheadAttention, name: str, left: dict[str, str], fixed: dict[int, str]
+) -> CompactAttention | None:
+    """Without the heads that nothing reads, or whose values are constants: the weights of attention sum to 1."""
+    heads, width = attention.num_heads, attention.head_dim
+    out = attention.out_proj
+    unread = (out.weight.detach() == 0).view(out.out_features, heads, width).all(2).all(0)
+    weights, biases = projections(attention)
+    constant = (weights[2] == 0).all(1).view(heads, width).all(1)
+    dead = unread | constant
+    if not dead.any():
+        return None
+    reason = fixed.get(id(attention)) or fixed.get(id(out))
+    if attention.bias_k is not None or attention.add_zero_attn:
+        reason = "keys of its own (add_bias_kv, add_zero_attn)"
+    if type(out) is not NonDynamicallyQuantizableLinear and type(out) is not nn.Linear:
+        reason = f"an output projection of class {type(out).__name__}"
+    if reason:
+        left[name] = f"{int(dead.sum())} of {heads} heads could go, but it has {reason}".replace("it has has", "it has")
+        return None
+    if dead.all():
+        dead[0] = False
+    gone = _entries((dead & constant).nonzero().flatten(), width)
+    shift = None if out.bias is None else out.bias.detach()
+    if biases[2] is not None and len(gone):
+        folded = out.weight.detach()[:, gone].double() @ biases[2][gone].double()
+        shift = (folded if shift is None else shift.double() + folded).to(out.weight)
+    return CompactAttention(attention, (~dead).nonzero().flatten(), shift)
+
+
+def _feed_forward(layer: Any, name: str, changed: dict[str, tuple[str, str]], fixed: dict[int, str]) -> None:
+    """Hidden units of the two linear layers of a transformer layer, with the activation between them."""
+    first, second = layer.linear1, layer.linear2
+    if any(type(x) is not nn.Linear or id(x) in fixed for x in (first, second)) or id(layer) in fixed:
+        return
+    activation: Callable[[Tensor], Tensor] = layer.activation
+    with torch.no_grad():
+        bias = torch.zeros(first.out_features).to(first.weight) if first.bias is None else first.bias.detach()
+        value = activation(bias).double().cpu()
+    constant = (first.weight.detach() == 0).all(1).cpu() & value.isfinite()
+    weight = second.weight.detach().double().cpu()
+    keep = ~constant & (weight != 0).any(0)
+    if keep.all():
+        return
+    if not keep.any():
+        keep[0] = True
+    before = first.out_features
+    folded = weight[:, constant & ~keep] @ value[constant & ~keep]
+    rows = keep.nonzero().flatten().to(first.weight.device)
+    with torch.no_grad():
+        first.weight = nn.Parameter(first.weight[rows].clone(), first.weight.requires_grad)
+        if first.bias is not None:
+            first.bias = nn.Parameter(first.bias[rows].clone(), first.bias.requires_grad)
+        second.weight = nn.Parameter(second.weight[:, rows].clone(), second.weight.requires_grad)
+        if second.bias is not None:
+            second.bias = nn.Parameter(second.bias + folded.to(second.bias), second.bias.requires_grad)
+        elif folded.any():
+            second.bias = nn.Parameter(folded.to(second.weight))
+    first.out_features = second.in_features = len(rows)
+    changed[f"{name}.linear1".lstrip(".")] = (f"{before} hidden units", f"{len(rows)} hidden units")

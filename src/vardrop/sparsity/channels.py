@@ -1,0 +1,195 @@
+"""What is known of the channels of every tensor inside a network: which are constant, needed, and so can go.
+
+Three passes over a traced graph. Forwards: a channel is *constant* if it has the same value for every input, at every
+position (a neuron without incoming weights, and what follows from it). Backwards: a channel is *needed* if a weight
+that matters multiplies it. Last: what is neither needed nor variable may go, unless an operation couples it with a
+channel that stays (a sum, the blocks of a flatten); the channels that stay only ever grow in number, so this ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+
+@dataclass
+class Channels:
+    """Facts about one axis of one tensor.
+
+    Attributes:
+        node: the tensor, in the graph.
+        dim: its axis of channels, from the front.
+        constant: which channels are constants.
+        value: of the constants, in float64.
+        needed: which channels something multiplies.
+        pinned: which channels have to stay, though neither needed nor variable.
+        keep: which stay, in the end.
+        why: what pins them, in words.
+    """
+
+    node: Node
+    dim: int
+    constant: Tensor
+    value: Tensor
+    needed: Tensor = field(init=False)
+    pinned: Tensor = field(init=False)
+    keep: Tensor = field(init=False)
+    why: dict[str, None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.needed = torch.zeros_like(self.constant)
+        self.pinned = torch.zeros_like(self.constant)
+        self.keep = torch.ones_like(self.constant)
+
+    @property
+    def size(self) -> int:
+        """How many channels."""
+        return len(self.constant)
+
+    @property
+    def removable(self) -> Tensor:
+        """Which could go, for all that their own consumers care."""
+        return self.constant | ~self.needed
+
+    def pin(self, why: str, which: Tensor | None = None) -> None:
+        """Make channels stay."""
+        which = torch.ones_like(self.pinned) if which is None else which
+        if (which & ~self.pinned).any():
+            self.why[why] = None
+        self.pinned |= which
+
+    def stay(self, which: Tensor, others: Sequence[Channels]) -> None:
+        """Keep channels that go with those of others, for their reasons."""
+        if (which & ~self.keep).any():
+            for other in others:
+                self.why |= other.why
+            self.keep = self.keep | which
+
+    @classmethod
+    def variable(cls, node: Node, dim: int) -> Channels:
+        """Facts of a tensor of which nothing is known."""
+        size = node.meta["shape"][dim]
+        return cls(node, dim, torch.zeros(size, dtype=torch.bool), torch.zeros(size, dtype=torch.float64))
+
+
+class Rule:
+    """What one operation does to facts: none of it is known here, so that everything that goes in has to stay."""
+
+    def __init__(self, node: Node, inputs: Sequence[Channels], why: str = "") -> None:
+        self.node, self.inputs, self.why = node, list(inputs), why
+        self.out: Channels | None = None
+
+    def backward(self) -> None:
+        """Say which channels of the inputs are needed."""
+        for channels in self.inputs:
+            channels.needed |= True
+            channels.pin(self.why)
+
+    def couple(self) -> bool:
+        """Make channels stay that go with others which stay; whether there were any."""
+        return False
+
+
+class Each(Rule):
+    """Channel by channel, of one or several tensors: channel c of the output depends on channels c of the inputs."""
+
+    def __init__(self, node: Node, inputs: Sequence[Channels], dim: int, constant: Tensor, value: Tensor) -> None:
+        super().__init__(node, inputs)
+        self.out = Channels(node, dim, constant, value)
+
+    def backward(self) -> None:
+        assert self.out is not None  # noqa: S101
+        for channels in self.inputs:
+            channels.needed |= self.out.needed & ~self.out.constant
+
+    def couple(self) -> bool:
+        assert self.out is not None  # noqa: S101
+        every = [self.out, *self.inputs]
+        keep = torch.stack([channels.keep for channels in every]).any(0)
+        changed = any(bool((keep & ~channels.keep).any()) for channels in every)
+        for channels in every:
+            channels.stay(keep, every)
+        return changed
+
+
+class Blocks(Rule):
+    """Channels of the inputs, one input after the other, each a block of ``width`` channels of the output."""
+
+    def __init__(self, node: Node, inputs: Sequence[Channels], dim: int, width: int) -> None:
+        super().__init__(node, inputs)
+        self.width = width
+        constant, value = (
+            torch.cat([getattr(channels, name) for channels in inputs]).repeat_interleave(width)
+            for name in ("constant", "value")
+        )
+        self.out = Channels(node, dim, constant, value)
+
+    def _split(self, which: Tensor) -> Sequence[Tensor]:
+        return which.view(-1, self.width).any(1).split([channels.size for channels in self.inputs])
+
+    def backward(self) -> None:
+        assert self.out is not None  # noqa: S101
+        for channels, needed in zip(self.inputs, self._split(self.out.needed & ~self.out.constant), strict=True):
+            channels.needed |= needed
+
+    def couple(self) -> bool:
+        assert self.out is not None  # noqa: S101
+        changed = False
+        for channels, keep in zip(self.inputs, self._split(self.out.keep), strict=True):
+            changed |= bool((keep & ~channels.keep).any())
+            channels.stay(keep, [self.out])
+        keep = torch.cat([channels.keep for channels in self.inputs]).repeat_interleave(self.width)
+        changed |= bool((keep & ~self.out.keep).any())
+        self.out.stay(keep, self.inputs)
+        return changed
+
+
+class Mix(Rule):
+    """A linear layer: every channel of the output is a sum over those of the input, with weights, plus a bias.
+
+    Args:
+        node: the call.
+        source: facts of the input.
+        dim: the axis of channels of the output.
+        used: ``[out, in]``, which weights are not zero.
+        gain: ``[out, in]``, what a constant input adds to a constant output (the sum of a kernel).
+        bias: ``[out]``.
+        exact: which input channels, if constant, add a constant (at a zero padding only zeros do).
+    """
+
+    def __init__(
+        self, node: Node, source: Channels, dim: int, used: Tensor, gain: Tensor, bias: Tensor, exact: Tensor
+    ) -> None:
+        super().__init__(node, [source])
+        self.source, self.used, self.gain, self.bias = source, used, gain, bias
+        self.folds = source.constant & exact  # input channels whose share is a part of the bias
+        constant = ~(used & ~self.folds).any(1)
+        self.out: Channels = Channels(node, dim, constant, self.folded())
+
+    def folded(self, which: Tensor | None = None) -> Tensor:
+        """The bias with the shares of constant inputs, all of them or some."""
+        which = self.folds if which is None else self.folds & which
+        return self.bias + torch.where(which, self.gain, 0.0) @ torch.where(which, self.source.value, 0.0)
+
+    def backward(self) -> None:
+        matters = self.used & (self.out.needed & ~self.out.constant)[:, None]
+        self.source.needed |= matters.any(0)
+        self.source.pin(
+            "a constant other than 0 at a zero padding", self.source.constant & ~self.folds & matters.any(0)
+        )
+
+
+def settle(rules: Sequence[Rule], facts: Sequence[Channels]) -> None:
+    """The last two passes: what is needed, and what stays."""
+    for rule in reversed(rules):
+        rule.backward()
+    for channels in facts:
+        channels.keep = ~channels.removable | channels.pinned
+        if channels.size and not channels.keep.any():
+            channels.keep[0] = True  # layers of width 0 are more trouble than one channel
+    while sum(rule.couple() for rule in rules):  # every one of them, each time
+        pass

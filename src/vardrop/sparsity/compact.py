@@ -1,0 +1,302 @@
+"""A physically smaller network with the same function."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from vardrop.convert import restore_
+from vardrop.sparsity.attention import CompactAttention, compact_attention
+from vardrop.sparsity.channels import Each, Mix, settle
+from vardrop.sparsity.rebuild import Select, replace, smaller, why_left
+from vardrop.sparsity.rules import Reader
+from vardrop.sparsity.same import check_same, multiply_adds
+
+Inputs = tuple[Any, ...]
+
+
+@dataclass
+class Compaction:
+    """What :func:`compact` did; the attribute ``compaction`` of what it returns.
+
+    Attributes:
+        changed: name of the module -> before and after, as they print.
+        left: name of the module, or of an operation -> what could not be removed and why, in a sentence.
+        parameters: how many there were, and are.
+        multiply_adds: on the example input, before and after.
+    """
+
+    changed: dict[str, tuple[str, str]] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+    parameters: tuple[int, int] = (0, 0)
+    multiply_adds: tuple[int, int] = (0, 0)
+
+    def __str__(self) -> str:
+        (before, after), (work, less) = self.parameters, self.multiply_adds
+        lines = [f"parameters: {before:,} -> {after:,}", f"multiply-adds: {work:,} -> {less:,}"]
+        lines += [f"  {name}: {old} -> {new}" for name, (old, new) in self.changed.items()]
+        return "\n".join(lines + [f"left: {name}: {why}" for name, why in self.left.items()])
+
+
+def compact(model: nn.Module, example_input: Tensor | Sequence[Any], select_inputs: bool = True) -> nn.Module:
+    """Take dead units out of a sparse network: a smaller, plain module with the same function in evaluation.
+
+    Neurons, channels and attention heads go that nothing reads, or that are constants; the constants are folded into
+    the biases behind them. This goes through Linear, convolutions, BatchNorm, activations, pooling, flatten, dropout,
+    sums and concatenation, and inside of transformer layers. Whatever else there is keeps all of its channels, and
+    ``compaction.left`` of the result says what that cost. The outputs are compared with the model's, on the example
+    and on random inputs, before anything is returned.
+
+    The network is traced by ``torch.fx``. Parts whose code cannot be traced stay as they are, and what is inside of
+    them is treated on its own. The model's own class is kept, unless sizes are written into its code
+    (``x.view(-1, 800)``): then a ``torch.fx.GraphModule`` is returned, without the dropout of functions.
+
+    Args:
+        model: a module that :func:`vardrop.sparsify_` has been at, converted or restored; it is not changed.
+        example_input: a tensor, or all positional arguments of the model in a tuple.
+        select_inputs: whether a layer that uses at most half of its inputs may get a selection in front of it, where
+            the others cannot be removed (input pixels, features of a flatten).
+
+    Returns:
+        A new module, in the same mode, whose ``compaction`` prints what was done.
+
+    Raises:
+        TypeError: if ``model`` is no module.
+        ValueError: if the model does not run on the example.
+        RuntimeError: if the smaller network computes something else; it is not returned then.
+
+    Example:
+        >>> import torch, vardrop as vd
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+        >>> with torch.no_grad():
+        ...     net[0].weight[1] = 0.0  # a constant
+        ...     net[2].weight[:, 2] = 0.0  # nothing reads it
+        >>> small = vd.compact(net, torch.randn(1, 4))
+        >>> small
+        Sequential(
+          (0): Linear(in_features=4, out_features=1, bias=True)
+          (1): ReLU()
+          (2): Linear(in_features=1, out_features=2, bias=True)
+        )
+        >>> small.compaction.parameters
+        (23, 9)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"vardrop.compact: model must be a torch.nn.Module, got {type(model).__name__}")
+    inputs: Inputs = (example_input,) if isinstance(example_input, Tensor) else tuple(example_input)
+    dense = _plain_copy(model)
+    try:
+        with torch.no_grad():
+            dense(*inputs)
+    except Exception as error:
+        raise ValueError(
+            f"vardrop.compact: example_input must be what the model takes, got one that it fails on ({error}); several "
+            "arguments go in a tuple"
+        ) from error
+    small = copy.deepcopy(dense)
+    report = Compaction()
+    reasons = _fixed(small)
+    compact_attention(small, report.changed, report.left, reasons)
+    small = _all_parts(small, inputs, report, reasons, select_inputs)
+    check_same(dense, small, inputs)
+    report.parameters = tuple(sum(p.numel() for p in each.parameters()) for each in (dense, small))  # type: ignore[assignment]
+    report.multiply_adds = multiply_adds(dense, inputs), multiply_adds(small, inputs)
+    _copy_modes(model, small)
+    small.compaction = report  # type: ignore[assignment]
+    return small
+
+
+def _plain_copy(model: nn.Module) -> nn.Module:
+    dense = copy.deepcopy(model)
+    restore_(dense)
+    return dense.eval()
+
+
+def _copy_modes(model: nn.Module, small: nn.Module) -> None:
+    """Training or evaluation, as the modules of the same names are."""
+    modes = {name: module.training for name, module in model.named_modules()}
+    for name, module in small.named_modules():
+        while name not in modes:
+            name = name.rpartition(".")[0]
+        module.training = modes[name]
+
+
+def _fixed(model: nn.Module) -> dict[int, str]:
+    """Modules that must stay as they are, by identity, and why."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name)
+    reasons: dict[int, str] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            shared = [each for each in owners.get(id(parameter), []) if each != name]
+            if shared:
+                reasons[id(module)] = f"shares a parameter with {', '.join(shared)}"
+        if module._forward_hooks or module._forward_pre_hooks:
+            reasons[id(module)] = "has hooks, which may depend on its size"
+        if parametrize.is_parametrized(module):
+            reasons[id(module)] = "is parametrised"
+    return reasons
+
+
+class _Tracer(fx.Tracer):
+    """Modules of torch are leaves, and so are ours, and those that cannot be traced."""
+
+    def __init__(self, opaque: set[int]) -> None:
+        super().__init__()
+        self.opaque = opaque
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        ours = type(m).__module__.startswith("vardrop.layers") or isinstance(m, CompactAttention | Select)
+        return ours or id(m) in self.opaque or super().is_leaf_module(m, module_qualified_name)
+
+
+def _traced(module: nn.Module, opaque: set[int]) -> fx.Graph | None:
+    try:
+        return _Tracer(opaque).trace(module)
+    except Exception:  # code of any kind ran with symbols for tensors
+        return None
+
+
+def _all_parts(model: nn.Module, inputs: Inputs, report: Compaction, fixed: dict[int, str], select: bool) -> nn.Module:
+    """Treat the model as a whole if its code can be traced, else its largest parts that can."""
+    opaque: set[int] = set()
+    tracer = _Tracer(set())
+    for name, module in reversed(list(model.named_modules())):  # children come before their parents
+        if list(module.children()) and not tracer.is_leaf_module(module, name) and _traced(module, opaque) is None:
+            opaque.add(id(module))
+            shown = name or type(module).__name__
+            report.left[shown] = "its code cannot be traced by torch.fx; only what is inside of it was treated"
+    parts: list[tuple[str, nn.Module]] = []
+
+    def collect(name: str, module: nn.Module) -> None:
+        if id(module) not in opaque:
+            parts.append((name, module))
+            return
+        for child_name, child in module.named_children():
+            if list(child.children()):
+                collect(f"{name}.{child_name}".lstrip("."), child)
+
+    collect("", model)
+    calls = _arguments(model, inputs, [module for _, module in parts])
+    for name, part in parts:
+        given = calls[id(part)]
+        if len(given) != 1:
+            report.left[name] = f"is called {len(given)} times"
+            continue
+        new = compact_part(part, given[0], report, fixed, select, name, opaque)
+        if part is model:
+            return new
+        if new is not part:
+            replace(model, part, new)
+    return model
+
+
+def _arguments(model: nn.Module, inputs: Inputs, parts: list[nn.Module]) -> dict[int, list[Inputs]]:
+    """What each part is called with when the model runs."""
+    calls: dict[int, list[Inputs]] = {id(part): [] for part in parts}
+
+    def note(module: nn.Module, args: Inputs, kwargs: dict[str, Any]) -> None:
+        calls[id(module)].append(args if not kwargs else ())
+
+    handles = [part.register_forward_pre_hook(note, with_kwargs=True) for part in parts]
+    try:
+        with torch.no_grad():
+            model(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+class _Shapes(fx.Interpreter):
+    """Runs a graph and notes the shapes of its tensors."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        n.meta.pop("shape", None)
+        if isinstance(result, Tensor):
+            n.meta["shape"] = tuple(result.shape)
+        return result
+
+
+def compact_part(
+    module: nn.Module,
+    inputs: Inputs,
+    report: Compaction,
+    fixed: dict[int, str],
+    select: bool,
+    name: str = "",
+    opaque: set[int] | None = None,
+) -> nn.Module:
+    """Compact one module whose code can be traced, in place; a graph module if its code has sizes in it."""
+    graph = _traced(module, opaque or set())
+    shown = name or type(module).__name__
+    if graph is None:
+        return module
+    graph_module = fx.GraphModule(module, graph)
+    try:
+        with torch.no_grad():
+            _Shapes(graph_module).run(*inputs)
+    except Exception as error:
+        report.left[shown] = f"does not run as torch.fx traced it ({error})"
+        return module
+    modules = dict(module.named_modules(remove_duplicate=False))
+    reader = Reader(graph, modules, _fixed_paths(graph, modules, fixed))
+    settle(reader.rules, list(reader.facts.values()))
+    for rule in reader.rules:
+        if rule.node.op != "call_module" or not isinstance(rule, Mix | Each):
+            continue
+        path = str(rule.node.target)
+        where = f"{name}.{path}".strip(".")
+        old = modules[path]
+        new = smaller(old, rule, select)
+        if new is not None:
+            replace(module, old, new)
+            if str(old) != str(new):
+                report.changed[where] = (" ".join(str(old).split()), " ".join(str(new).split()))
+        why = why_left(rule.out) if isinstance(rule, Mix) else None
+        if why:
+            report.left[where] = why
+    cut = [node for node in reader.flattens if not reader.facts[node].keep.all()]
+    if not cut:
+        return module
+    for node in cut:
+        with graph.inserting_before(node):
+            flat = graph.call_function(torch.flatten, (node.args[0], 1))
+        node.replace_all_uses_with(flat)
+        graph.erase_node(node)
+    fresh = fx.Graph()  # without our tracer, so that it pickles for all
+    fresh.output(fresh.graph_copy(graph, {}))
+    for node in fresh.nodes:
+        node.type = None  # annotations that are strings do not pickle
+    return fx.GraphModule(module, fresh, type(module).__name__)
+
+
+def _fixed_paths(graph: fx.Graph, modules: dict[str, nn.Module], fixed: dict[int, str]) -> dict[str, str]:
+    """Path -> reason for modules whose weights must stay: called twice, or read by something else than their call."""
+    calls: dict[int, int] = {}
+    for node in graph.nodes:
+        if node.op == "call_module":
+            module = modules[str(node.target)]
+            calls[id(module)] = calls.get(id(module), 0) + 1
+    reasons = {}
+    for path, module in modules.items():
+        if id(module) in fixed:
+            reasons[path] = fixed[id(module)]
+        elif calls.get(id(module), 0) > 1 and next(module.parameters(), None) is not None:
+            reasons[path] = "is called more than once"
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            owner = str(node.target).rpartition(".")[0]
+            if owner in modules and owner:
+                reasons[owner] = "has a parameter that is read elsewhere"
+    return reasons

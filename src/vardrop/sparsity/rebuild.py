@@ -1,0 +1,115 @@
+"""The smaller modules: what stays of their weights, and biases that have taken in the constants."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+
+from vardrop.sparsity.channels import Channels, Mix, Rule
+
+WORTHWHILE = 0.5  # a selection in front of a layer pays if at most so many of its inputs are used
+
+
+class Select(nn.Module):
+    """Some channels of a tensor: those that the layer behind has weights for.
+
+    Args:
+        index: which ones.
+        dim: the axis of channels, from the end.
+    """
+
+    index: Tensor
+
+    def __init__(self, index: Tensor, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.register_buffer("index", index)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.index_select(self.dim, self.index)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.index)} channels, dim={self.dim}"
+
+
+def smaller(module: nn.Module, rule: Rule, select: bool) -> nn.Module | None:
+    """What a module becomes; None if it stays as it is."""
+    if isinstance(rule, Mix):
+        return _mix(module, rule, select)
+    (source,) = rule.inputs
+    if source.keep.all():
+        return None
+    small: Any = copy.deepcopy(module)
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        if getattr(small, name, None) is not None:
+            _cut(small, name, [source.keep])
+    for name in (
+        "num_features",
+        "num_parameters",
+        "in_channels",
+        "out_channels",
+        "groups",
+    ):  # the last three: depthwise
+        if hasattr(small, name) and getattr(small, name) == source.size:
+            setattr(small, name, int(source.keep.sum()))
+    return small
+
+
+def _mix(module: Any, rule: Mix, select: bool) -> nn.Module | None:
+    source, out = rule.source, rule.out
+    used = (rule.used[out.keep] & ~rule.folds).any(0) & source.keep
+    if not used.any():
+        used[source.keep.nonzero()[0]] = True  # one input, of weights that are zero or folded
+    count, kept = int(used.sum()), int(source.keep.sum())
+    select = select and count <= WORTHWHILE * kept
+    inputs = used if select else source.keep
+    if inputs.all() and out.keep.all():
+        return None
+    small = copy.deepcopy(module)
+    transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+    _cut(small, "weight", [inputs, out.keep] if transposed else [out.keep, inputs])
+    gone = source.constant & ~inputs
+    bias = rule.folded(gone)[out.keep].to(module.weight)
+    if module.bias is not None or bias.any():
+        trained = module.weight.requires_grad if module.bias is None else module.bias.requires_grad
+        small.bias = nn.Parameter(bias, requires_grad=trained)
+    names = ("in_features", "out_features") if isinstance(module, nn.Linear) else ("in_channels", "out_channels")
+    for name, which in zip(names, (inputs, out.keep), strict=True):
+        setattr(small, name, int(which.sum()))
+    if not select:
+        return small
+    back = source.dim - len(source.node.meta["shape"])
+    index = used[source.keep].nonzero().flatten().to(module.weight.device)
+    return nn.Sequential(Select(index, back), small).train(module.training)
+
+
+def _cut(module: nn.Module, name: str, masks: list[Tensor]) -> None:
+    """Keep some entries of a parameter or buffer along its first axes."""
+    tensor: Any = getattr(module, name)
+    cut = tensor.detach()
+    for axis, mask in enumerate(masks):
+        if axis >= cut.ndim or cut.shape[axis] == 1 != len(mask):
+            break  # one weight for all channels, or the second axis of a depthwise kernel
+        cut = cut.index_select(axis, mask.nonzero().flatten().to(cut.device))
+    cut = cut.clone()
+    setattr(module, name, nn.Parameter(cut, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else cut)
+
+
+def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a module in the place of another, under all of its names."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                parent._modules[name] = new
+
+
+def why_left(channels: Channels) -> str | None:
+    """What keeps channels that could go, in a sentence; None if there are none."""
+    left = int((channels.removable & channels.keep).sum())
+    if not left:
+        return None
+    reasons = [why for why in channels.why if why]
+    told = "; ".join(reasons) if reasons else "they go with channels that stay"
+    return f"{left} of {channels.size} output channels could go, but {told}"

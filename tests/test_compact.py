@@ -1,0 +1,556 @@
+"""Smaller networks compute the same, and nothing that could go has stayed."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import vardrop as vd
+from vardrop.sparsity import channels
+
+
+def zeroed(model: nn.Module, keep: float, seed: int = 0) -> nn.Module:
+    """Weights at random zero, whole rows and columns among them; every norm with statistics of its own; float64."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def rand(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator)
+
+    with torch.no_grad():
+        for module in model.modules():
+            for weight in module._parameters.values():
+                if weight is not None and weight.ndim > 1:
+                    weight.copy_(rand(*weight.shape) - 0.5)
+                    mask = (rand(*weight.shape) < keep) & (rand(len(weight)) < 0.8).view(-1, *[1] * (weight.ndim - 1))
+                    mask &= (rand(weight.shape[1]) < 0.8).view(1, -1, *[1] * (weight.ndim - 2))
+                    weight.mul_(mask)
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+                size = module.num_features
+                module.weight.copy_(rand(size) * (rand(size) < 0.7))
+                module.bias.copy_(rand(size) - 0.5)
+                module.running_mean.copy_(rand(size))
+                module.running_var.copy_(rand(size) + 0.1)
+    return model.double().eval()
+
+
+def assert_same(model: nn.Module, small: nn.Module, *shape: int, batch: int = 5) -> None:
+    x = 3 * torch.randn(batch, *shape, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), model(x), rtol=1e-9, atol=1e-9)
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+# --------------------------------------------------------------------------------------------------- architectures
+
+
+def mlp(widths: list[int], activation: Callable[[], nn.Module] = nn.Tanh, bias: bool = True) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for before, after in itertools.pairwise(widths):
+        layers += [nn.Linear(before, after, bias=bias), activation()]
+    return nn.Sequential(*layers[:-1])
+
+
+def lenet5() -> nn.Sequential:
+    convs = [nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*convs, nn.Flatten(), nn.Linear(256, 40), nn.ReLU(), nn.Dropout(), nn.Linear(40, 10))
+
+
+class WithSizes(nn.Module):
+    """A LeNet as textbooks write it, with sizes in its code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 8, 3)
+        self.bn = nn.BatchNorm2d(8)
+        self.fc1 = nn.Linear(8 * 3 * 3, 20)
+        self.fc2 = nn.Linear(20, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.bn(self.conv(x))), 2)
+        x = x.view(-1, 72)
+        return F.log_softmax(self.fc2(torch.sigmoid(self.fc1(x))), dim=1)
+
+
+class Residual(nn.Module):
+    """A small ResNet: a stem, two blocks, one with a projection, a mean over positions."""
+
+    def __init__(self, padding: int = 1) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 6, 3, padding=padding)
+        self.a1, self.n1 = nn.Conv2d(6, 7, 3, padding=1, bias=False), nn.BatchNorm2d(7)
+        self.a2, self.n2 = nn.Conv2d(7, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.b1, self.b2 = nn.Conv2d(6, 5, 1), nn.Conv2d(5, 8, 1)
+        self.short = nn.Conv2d(6, 8, 1)
+        self.relu = nn.ReLU(inplace=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.stem(x))
+        x = self.relu(x + self.n2(self.a2(self.relu(self.n1(self.a1(x))))))
+        y = self.b2(torch.tanh(self.b1(x)))
+        y += self.short(x)
+        return self.head(self.relu(y).mean((2, 3)))
+
+
+class Dense(nn.Module):
+    """Concatenation of channels, as in DenseNets and U-Nets, a depthwise convolution and a way up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(2, 5, 3, padding=1), nn.Conv2d(5, 4, 3)
+        self.depthwise, self.norm = nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.BatchNorm2d(4)
+        self.up = nn.ConvTranspose2d(4, 6, 3)
+        self.last = nn.Conv2d(11 + 2, 3, 1)
+        self.prelu = nn.PReLU(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = F.gelu(self.first(x))
+        b = self.prelu(self.norm(self.depthwise(self.second(a))))
+        return self.last(torch.cat([a, torch.relu(self.up(b)), x], 1))
+
+
+class Gates(nn.Module):
+    """Products and differences of tensors and numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value, self.gate, self.out = nn.Linear(4, 9), nn.Linear(4, 9), nn.Linear(9, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gated = self.value(x) * self.gate(x).sigmoid()
+        return self.out((1 - gated) / 2 + gated.abs())
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "mlp": (lambda: mlp([7, 9, 8, 3]), (7,)),
+    "mlp of sequences": (lambda: mlp([7, 9, 8, 3]), (4, 7)),
+    "mlp without biases": (lambda: mlp([7, 9, 8, 3], nn.Softplus, bias=False), (7,)),
+    "lenet-5": (lenet5, (1, 28, 28)),
+    "sizes in the code": (WithSizes, (1, 8, 8)),
+    "residual": (Residual, (2, 6, 6)),
+    "concatenation": (Dense, (2, 6, 6)),
+    "gates": (Gates, (4,)),
+    "batch norm": (lambda: nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ELU(), nn.Linear(8, 2)), (5,)),
+    "batch norm first": (lambda: nn.Sequential(nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 2)), (5,)),
+    "layer norm": (lambda: nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 2)), (5,)),
+    "conv1d": (lambda: nn.Sequential(nn.Conv1d(3, 6, 3), nn.AvgPool1d(2, padding=1), nn.Conv1d(6, 2, 2)), (3, 9)),
+    "groups": (lambda: nn.Sequential(nn.Conv2d(2, 4, 1), nn.Conv2d(4, 6, 1, groups=2), nn.Conv2d(6, 2, 1)), (2, 3, 3)),
+    "reflection": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 6, 3), nn.Sigmoid(), nn.Conv2d(6, 4, 3, padding=1, padding_mode="reflect"), nn.Conv2d(4, 2, 1)
+        ),
+        (2, 6, 6),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_smaller_network_is_the_same_function(name: str) -> None:
+    make, shape = MODELS[name]
+    for keep, seed in ((0.15, 0), (0.4, 1), (0.02, 2)):
+        model = zeroed(make(), keep, seed)
+        before = copy.deepcopy(model.state_dict())
+        small = vd.compact(model, torch.randn(2, *shape, dtype=torch.float64))
+        assert_same(model, small, *shape)
+        assert parameters(small) < parameters(model) or name == "groups"
+        assert small.compaction.parameters == (parameters(model), parameters(small))
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_random_networks_are_the_same_function(data: st.DataObject) -> None:
+    """Convolutions, norms, pools, sums and concatenations, drawn one after the other."""
+    draw, modules, plan = data.draw, nn.ModuleList(), []
+    width = start = draw(st.integers(1, 4))
+    for _ in range(draw(st.integers(1, 5))):
+        kind = draw(st.sampled_from(["conv", "norm", "act", "sum", "cat", "depthwise", "pool"]))
+        if kind in ("conv", "sum", "cat"):
+            out = width if kind == "sum" else draw(st.integers(1, 6))
+            size = draw(st.sampled_from([1, 3]))
+            modules.append(nn.Conv2d(width, out, size, padding=size // 2, bias=draw(st.booleans())))
+            width = width + out if kind == "cat" else out
+        elif kind == "norm":
+            modules.append(nn.BatchNorm2d(width))
+        elif kind == "depthwise":
+            modules.append(nn.Conv2d(width, width, 3, padding=1, groups=width))
+        else:
+            kinds = (nn.ReLU, nn.Sigmoid, nn.GELU) if kind == "act" else (lambda: nn.AvgPool2d(3, 1, padding=1),)
+            modules.append(draw(st.sampled_from(kinds))())
+        plan.append(kind)
+    modules.append(nn.Linear(width * 9, draw(st.integers(1, 4))))
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.steps = modules
+
+        def forward(self, x: Tensor) -> Tensor:
+            for kind, step in zip(plan, self.steps, strict=False):
+                y = step(x)
+                x = x + y if kind == "sum" else torch.cat([x, y], 1) if kind == "cat" else y
+            return self.steps[-1](x.flatten(1))
+
+    model = zeroed(Net(), draw(st.sampled_from([0.05, 0.2, 0.5])), draw(st.integers(0, 1000)))
+    small = vd.compact(model, torch.randn(2, start, 3, 3, dtype=torch.float64))
+    assert_same(model, small, start, 3, 3)
+    assert (
+        parameters(small) <= parameters(model) + sum(isinstance(m, nn.Conv2d) and m.bias is None for m in modules) * 6
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(2, 8), min_size=3, max_size=5), st.integers(0, 1000), st.sampled_from([0.1, 0.3, 0.6]))
+def test_units_stay_if_they_vary_and_matter(widths: list[int], seed: int, keep: float) -> None:
+    """The truth by brute force: a unit's values over many inputs, and the slopes of the outputs by it."""
+    model = zeroed(mlp(widths), keep, seed)
+    small = vd.compact(model, torch.randn(2, widths[0], dtype=torch.float64), select_inputs=False)
+    x = torch.randn(64, widths[0], dtype=torch.float64)
+    for index in range(1, len(model), 2):
+        hidden = model[: index + 1](x).detach().requires_grad_()
+        outputs = model[index + 1 :](hidden)
+        slopes = torch.stack([torch.autograd.grad(y.sum(), hidden, retain_graph=True)[0] for y in outputs.T])
+        alive = (hidden.std(0) > 1e-12) & (slopes.abs().amax((0, 1)) > 0)
+        assert small[index - 1].out_features == max(1, int(alive.sum()))
+
+
+def test_constants_are_folded_through_a_whole_network() -> None:
+    """Nothing depends on the input: one unit a layer, and the output is the constant that it was."""
+    model = mlp([4, 6, 5, 3]).double()
+    with torch.no_grad():
+        model[0].weight.zero_()
+    small = vd.compact(model, torch.randn(1, 4, dtype=torch.float64))
+    assert_same(model, small, 4)
+    assert [m.out_features for m in small.modules() if isinstance(m, nn.Linear)] == [1, 1, 3]
+
+
+def test_pixels_without_weights_are_selected_away() -> None:
+    model = mlp([40, 6, 3]).double()
+    with torch.no_grad():
+        model[0].weight[:, 5:] = 0
+    example = torch.randn(1, 40, dtype=torch.float64)
+    small = vd.compact(model, example)
+    assert small[0][1].in_features == 5
+    assert_same(model, small, 40)
+    assert vd.compact(model, example, select_inputs=False)[0].in_features == 40
+
+
+FLATTENS: dict[str, Callable[[Tensor], Tensor]] = {
+    "flatten method": lambda x: x.flatten(1),
+    "flatten function": lambda x: torch.flatten(x, start_dim=1),
+    "view of sizes": lambda x: x.view(x.size(0), -1),
+    "view of shape": lambda x: x.view((x.shape[0], -1)),
+    "view of numbers": lambda x: x.view(-1, 24),
+    "reshape": lambda x: x.reshape(-1, 24),
+    "mean": lambda x: x.mean((2, 3), keepdim=True).expand(-1, -1, 2, 2).flatten(1),
+}
+
+
+@pytest.mark.parametrize("flatten", FLATTENS.values(), ids=FLATTENS)
+def test_channels_go_through_a_flatten_however_it_is_spelled(flatten: Callable[[Tensor], Tensor]) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.out = nn.Conv2d(1, 6, 2), nn.Linear(24, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(flatten(F.relu(self.conv(x))))
+
+    model = Net().double()
+    with torch.no_grad():
+        model.conv.weight[:3] = 0  # constants
+        model.out.weight[:, 4 * 4 : 5 * 4] = 0  # nothing reads channel 4
+        model.out.weight[:, 5 * 4 + 1] = 0  # and a part of channel 5
+    small = vd.compact(model, torch.randn(2, 1, 3, 3, dtype=torch.float64))
+    assert_same(model, small, 1, 3, 3)
+    if flatten is FLATTENS["mean"]:  # expand writes the channels anew
+        assert "expand() is not known here" in small.compaction.left["conv"]
+    else:
+        assert (small.conv.out_channels, small.out.in_features) == (2, 8)
+
+
+def test_channels_of_sums_and_concatenations_go() -> None:
+    model = Residual().double().eval()
+    with torch.no_grad():
+        for conv, norm in ((model.stem, None), (model.a2, model.n2)):
+            conv.weight[:2] = 0  # the same channels on both sides of the sum
+            if conv.bias is not None:
+                conv.bias[:2] = 0
+            if norm is not None:
+                norm.bias[:2] = 0
+        for conv in (model.b2, model.short):
+            conv.weight[5] = 0
+        model.head.weight[:, 7] = 0
+    small = vd.compact(model, torch.randn(2, 2, 6, 6, dtype=torch.float64))
+    assert_same(model, small, 2, 6, 6)
+    assert (small.stem.out_channels, small.a2.out_channels, small.n2.num_features) == (4, 4, 4)
+    assert (small.b2.out_channels, small.short.out_channels, small.head.in_features) == (6, 6, 6)
+    dense = Dense().double().eval()
+    with torch.no_grad():
+        dense.first.weight[3] = 0
+        dense.up.weight[:, 4] = 0
+        dense.last.weight[:, 5] = 0
+    small = vd.compact(dense, torch.randn(2, 2, 6, 6, dtype=torch.float64))
+    assert_same(dense, small, 2, 6, 6)
+    assert (small.first.out_channels, small.up.out_channels, small.last.in_channels) == (4, 4, 10)
+
+
+def test_a_constant_at_a_padding_stays_and_is_told() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 3, 1), nn.Sigmoid(), nn.Conv2d(3, 2, 3, padding=1)).double()
+    with torch.no_grad():
+        model[0].weight[1] = 0
+    small = vd.compact(model, torch.randn(1, 1, 4, 4, dtype=torch.float64))
+    assert small[0].out_channels == 3
+    assert "1 of 3 output channels could go, but a constant other than 0 at a zero padding" in str(small.compaction)
+    assert_same(model, small, 1, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        (nn.LayerNorm(6), "takes mean and variance over channels, to which constant ones count too"),
+        (nn.Softmax(-1), r"1 \(Softmax\) is not known here"),
+    ],
+)
+def test_what_couples_all_channels_keeps_them_and_is_told(module: nn.Module, words: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), module, nn.Linear(6, 2))
+    model = zeroed(model, 0.9).float()
+    with torch.no_grad():
+        model[0].weight[2] = 0
+    small = vd.compact(model, torch.randn(3, 4))
+    assert small[0].out_features == 6
+    with pytest.raises(AssertionError, match=words):
+        raise AssertionError(small.compaction.left["0"])
+
+
+class Twice(nn.Module):
+    """A layer that is called twice, and one whose weight is used by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.tied, self.out = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.shared(torch.relu(self.shared(x))))
+        return self.out(F.linear(self.tied(x), self.tied.weight))
+
+
+def test_shared_modules_and_tied_weights_stay_whole() -> None:
+    model = zeroed(Twice(), 0.3)
+    small = vd.compact(model, torch.randn(2, 6, dtype=torch.float64))
+    assert_same(model, small, 6)
+    assert small.shared.weight.shape == small.tied.weight.shape == (6, 6)
+    tied = nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 2))
+    tied[2].weight = tied[0].weight
+    zeroed(tied, 0.3)
+    small = vd.compact(tied, torch.randn(2, 5, dtype=torch.float64))
+    assert_same(tied, small, 5)
+    assert small[2].weight is small[0].weight
+
+
+class Branches(nn.Module):
+    """Control flow that depends on the data; what is inside of it can be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = mlp([4, 9, 3])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        return y if y.sum() > 0 else -y
+
+
+def test_parts_of_what_cannot_be_traced_are_treated() -> None:
+    model = zeroed(Branches(), 0.3)
+    small = vd.compact(model, torch.randn(2, 4, dtype=torch.float64), select_inputs=False)
+    assert_same(model, small, 4)
+    assert small.inner[0].out_features < 9
+    assert "its code cannot be traced by torch.fx" in small.compaction.left["Branches"]
+
+
+def test_hooks_and_parametrised_layers_are_left_alone() -> None:
+    model = zeroed(mlp([4, 6, 6, 2]), 0.3)
+    model[2].register_forward_hook(lambda module, args, output: output)
+    nn.utils.parametrizations.weight_norm(model[4])
+    small = vd.compact(model, torch.randn(2, 4, dtype=torch.float64))
+    assert_same(model, small, 4)
+    assert small[2].out_features == 6
+
+
+# -------------------------------------------------------------------------------------------------------- attention
+
+
+def attention_weights(layer: nn.MultiheadAttention, unread: int, constant: int) -> None:
+    """One head that nothing reads, one whose values are constants."""
+    width = layer.head_dim
+    with torch.no_grad():
+        layer.in_proj_bias.normal_()
+        layer.out_proj.bias.normal_()
+        layer.out_proj.weight[:, unread * width : (unread + 1) * width] = 0
+        first = 2 * layer.embed_dim + constant * width
+        layer.in_proj_weight[first : first + width] = 0
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_dead_heads_go(batch_first: bool) -> None:
+    torch.manual_seed(0)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(12, 4, batch_first=batch_first)
+
+        def forward(self, x: Tensor, padding: Tensor, mask: Tensor) -> Tensor:
+            return self.attention(x, x, x, key_padding_mask=padding, attn_mask=mask)[0]
+
+    model = Net().double().eval()
+    attention_weights(model.attention, 1, 3)
+    x = torch.randn(5, 5, 12, dtype=torch.float64)
+    padding = torch.zeros(5, 5, dtype=torch.bool)
+    padding[:, 4] = True
+    per_head = torch.randn(5 * 4, 5, 5, dtype=torch.float64)
+    for mask in (torch.ones(5, 5, dtype=torch.bool).triu(1), per_head):
+        float_padding = padding if mask.dtype == torch.bool else torch.zeros(5, 5).double().masked_fill(padding, -1e9)
+        small = vd.compact(model, (x, float_padding, mask))
+        assert small.attention.num_heads == 2
+        assert small.compaction.changed["attention"] == ("4 heads", "2 heads")
+        torch.testing.assert_close(small(x, float_padding, mask), model(x, float_padding, mask))
+
+
+def test_attention_weights_that_are_used_are_not_lost() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.attention(x, x, x)
+
+    model = Net().eval()
+    attention_weights(model.attention, 0, 0)
+    with pytest.raises(
+        RuntimeError, match="the smaller network must compute what the model does, got a difference of inf"
+    ):
+        vd.compact(model, torch.randn(3, 2, 4))
+
+
+def test_heads_with_keys_of_their_own_stay() -> None:
+    model = nn.MultiheadAttention(4, 2, add_zero_attn=True).eval()
+    attention_weights(model, 0, 0)
+    x = torch.randn(3, 2, 4)
+    small = vd.compact(model, (x, x, x))
+    assert "1 of 2 heads could go, but it has keys of its own" in str(small.compaction)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # of torch's fused path, in the dense model
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_transformer_encoders_lose_heads_and_hidden_units(norm_first: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 4, 20, batch_first=True, norm_first=norm_first, activation="gelu")
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=not norm_first).double().eval()
+    for each in model.layers:
+        attention_weights(each.self_attn, 0, 2)
+        with torch.no_grad():
+            each.linear1.weight[:7] = 0
+            each.linear2.weight[:, 5:12] = 0
+    x = torch.randn(3, 6, 8, dtype=torch.float64)
+    small = vd.compact(model, x)
+    assert [(each.self_attn.num_heads, each.linear1.out_features) for each in small.layers] == [(2, 8), (2, 8)]
+    padding = torch.zeros(3, 6, dtype=torch.bool)
+    padding[:, 4:] = True
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), model(x))
+        some, all_of = (each(x, src_key_padding_mask=padding)[:, :4] for each in (small, model))
+        torch.testing.assert_close(some, all_of)
+    small.train()(x).sum().backward()
+
+
+def test_decoders_too() -> None:
+    torch.manual_seed(0)
+    model = nn.TransformerDecoderLayer(8, 2, 6).double().eval()
+    attention_weights(model.multihead_attn, 1, 1)
+    x = torch.randn(3, 2, 8, dtype=torch.float64)
+    small = vd.compact(model, (x, x))
+    assert (small.multihead_attn.num_heads, small.self_attn.num_heads) == (1, 2)
+    torch.testing.assert_close(small(x, x), model(x, x))
+
+
+# ------------------------------------------------------------------------------------------------- what it returns
+
+
+def test_the_result_is_plain_and_in_the_same_mode() -> None:
+    model = lenet5().train()
+    model[8].eval()
+    vd.convert_(model, vd.SparseVariationalDropout(log_variance=-5.0))
+    vd.sparsify_(model, target_sparsity=0.95, allow_empty=True)
+    small = vd.compact(model, torch.randn(1, 1, 28, 28))
+    assert type(small[0]) is nn.Conv2d
+    assert (small.training, small[8].training, small[9].training) == (True, False, True)
+    assert model[0].training
+    x = torch.randn(3, 1, 28, 28)
+    torch.testing.assert_close(small.eval()(x), model.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lenet-5", "sizes in the code", "residual"])
+def test_results_pickle_and_copy(name: str) -> None:
+    make, shape = MODELS[name]
+    small = vd.compact(zeroed(make(), 0.2), torch.randn(2, *shape, dtype=torch.float64))
+    file = io.BytesIO()
+    torch.save(small, file)
+    file.seek(0)
+    assert_same(small, torch.load(file, weights_only=False), *shape)
+    assert_same(small, copy.deepcopy(small), *shape)
+    assert torch.export.export(small, (torch.randn(2, *shape, dtype=torch.float64),)) is not None
+
+
+def test_work_falls_with_the_parameters() -> None:
+    model = mlp([10, 20, 4])
+    with torch.no_grad():
+        model[2].weight[:, 5:] = 0
+    small = vd.compact(model, torch.randn(3, 10))
+    assert small.compaction.multiply_adds == (3 * (200 + 80), 3 * (50 + 20))
+    assert "parameters: 304 -> 79" in str(small.compaction)
+
+
+def test_a_small_model_trains_on_and_its_zeros_can_be_held() -> None:
+    model = zeroed(mlp([6, 8, 3]), 0.4)
+    small = vd.compact(model, torch.randn(2, 6, dtype=torch.float64))
+    optimizer = torch.optim.SGD(small.parameters(), lr=0.1)
+    zeros = small[0].weight == 0 if isinstance(small[0], nn.Linear) else small[0][1].weight == 0
+    with vd.finetune(small):
+        small(torch.randn(4, 6, dtype=torch.float64)).square().sum().backward()
+        optimizer.step()
+    after = small[0].weight if isinstance(small[0], nn.Linear) else small[0][1].weight
+    assert torch.equal(after == 0, zeros)
+
+
+def test_a_wrong_network_is_never_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = zeroed(mlp([4, 6, 2]), 0.5)
+    with torch.no_grad():
+        model[0].weight[0] = 0
+        model[2].weight[:, 0] = 1
+    monkeypatch.setattr(channels.Mix, "folded", lambda self, which=None: self.bias)
+    with pytest.raises(RuntimeError, match="the smaller network must compute what the model does, got a difference"):
+        vd.compact(model, torch.randn(2, 4, dtype=torch.float64))
+    monkeypatch.setattr(channels.Each, "couple", lambda self: False)
+    with pytest.raises(RuntimeError, match="the smaller network must run where the model does, got"):
+        vd.compact(zeroed(Residual(), 0.2), torch.randn(2, 2, 6, 6, dtype=torch.float64))
+
+
+def test_inputs_that_the_model_does_not_take_are_refused() -> None:
+    with pytest.raises(ValueError, match="example_input must be what the model takes, got one that it fails on"):
+        vd.compact(mlp([4, 2]), torch.randn(2, 5))
+    with pytest.raises(TypeError, match=r"compact: model must be a torch.nn.Module, got function"):
+        vd.compact(mlp, torch.randn(2, 5))  # type: ignore[arg-type]
