@@ -42,12 +42,14 @@ def test_scores_are_in_the_units_of_the_data() -> None:
 
 
 def test_the_best_precision_of_a_single_pass_is_one_over_the_mean_square() -> None:
-    y = torch.randn(3, 200) * torch.tensor([[0.01], [1.0], [30.0]])
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randn(3, 200, generator=generator) * torch.tensor([[0.01], [1.0], [30.0]])
     found = _uci.best_precision(torch.zeros(3, 1, 200), y)
-    torch.testing.assert_close(found, -y.square().mean(1).log(), atol=1e-3, rtol=0)
-    spread = torch.randn(3, 50, 1) * 0.5 + torch.zeros(3, 50, 200)  # what the passes explain is not noise of the data
-    wide = 0.5 * torch.randn(3, 200) + 0.1 * torch.randn(3, 200)
-    assert (_uci.best_precision(spread, wide) > -wide.square().mean(1).log()).all()
+    torch.testing.assert_close(found, -y.square().mean(1).log(), atol=5e-3, rtol=0)  # the optimum is flat
+    passes = 0.5 * torch.randn(3, 50, 1, generator=generator).expand(3, 50, 200)
+    wide = 0.5 * torch.randn(3, 200, generator=generator) + 0.1 * torch.randn(3, 200, generator=generator)
+    explained = _uci.best_precision(passes, wide) + wide.square().mean(1).log()
+    assert (explained > 0.3).all(), "what the passes explain is not noise of the data"
 
 
 def test_a_member_meets_each_of_its_rows_once_before_any_twice() -> None:
