@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vardrop.reproduce.claims import Claim
     from vardrop.reproduce.results import Result
 
+_SIGNS = {"at most": "≤", "at least": "≥", "about": "≈"}
 ERRORS = ("train_error", "validation_error", "test_error")
 
 
@@ -125,7 +126,7 @@ def figure(results: list[Result], claims: list[Claim], summary: list[Row], xlabe
         rates.plot(*zip(*line, strict=True), "o-" if len(line) > 1 else "D", color=colour)
         if line[0][0] == 0:
             rates.axhline(line[0][1], color=colour, linewidth=0.8, linestyle=":")
-    rates.set(title="test error, %: means and seeds", xlabel=xlabel)
+    rates.set(title="test error, %", xlabel=xlabel)
     _draw_differences(differences, claims, [row for row in summary if row["table"] == "pairs"])
     return drawn
 
@@ -138,15 +139,15 @@ def _draw_differences(axes, claims: list[Claim], pairs: list[Row]) -> None:  # t
         )
         for claim in claims:
             if claim.select.items() <= row.items():
-                label = claim.paper if claim.paper not in axes.get_legend_handles_labels()[1] else None
-                axes.plot(claim.target, place, "D", color="C3", markersize=5, label=label)
+                label = f"{_SIGNS[claim.relation]} {claim.target:g}"
+                axes.plot(claim.target, place, "D", color="C3", markersize=5)
+                axes.annotate(label, (claim.target, place), (0, 5), textcoords="offset points", fontsize="x-small")
     axes.axvline(0, color="C7", linewidth=0.8)
-    names = [f"{row['method']} {row['rate']:g} − {row['minus']} {row['its_rate']:g}" for row in pairs]
+    names = [f"{_label(row['method'], row['rate'])} − {_label(row['minus'], row['its_rate'])}" for row in pairs]
     axes.set_yticks(range(len(pairs)), names, fontsize="x-small")
     axes.invert_yaxis()
-    axes.set(title="test errors compared, points ± 2 s.e.")
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(fontsize="x-small")
+    axes.set(title="difference, points ± 2 s.e.")
+    axes.set_xlabel("test error; red: what claims ask")
 
 
 def _label(method: str, rate: float) -> str:
