@@ -27,8 +27,7 @@ COMPUTED = "DropPath, deeper more often, computed and then dropped"
 
 def cells(scale: str) -> list[Config]:
     """All methods of a seed before the next seed, then the time of a step; ``rate`` is that of the last block."""
-    seeds = {"smoke": 1, "cpu": 2, "gpu": 3}[scale]
-    rates = (0.5,) if scale == "smoke" else (0.2, 0.5)
+    seeds, rates = (1, (0.5,)) if scale == "smoke" else (3, (0.2, 0.5))
     methods = [(NONE, 0.0), *((DEEPER, rate) for rate in rates), (UNIFORM, 0.5)]
     base = {**_cifar.BASE[scale], **SIZE[scale]}
     trained = [
