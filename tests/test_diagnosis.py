@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import doctest
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -578,3 +581,21 @@ def test_passes_and_hooks_and_traces_are_of_use_alone() -> None:
     assert [tuple(x.shape) for x in seen] == [(4, 3)]
     assert [node.name for node in trace.nodes] == ["Linear", "Dropout", "ReLU"]
     assert trace.upstream(2) == {0, 1}
+
+
+# ------------------------------------------------------------------------------------------------------- the manual
+
+
+def test_the_examples_of_the_manual_run() -> None:
+    manual = Path(__file__).parents[1] / "docs" / "diagnosis.md"
+    result = doctest.testfile(str(manual), module_relative=False)
+    assert result.attempted > 10
+    assert result.failed == 0
+
+
+def test_the_manual_names_every_rule() -> None:
+    manual = (Path(__file__).parents[1] / "docs" / "diagnosis.md").read_text(encoding="utf-8")
+    source = (Path(vd.__file__).parent / "diagnosis" / "rules.py").read_text(encoding="utf-8")
+    names = re.findall(r'^ {12,}"([a-z]+(?:-[a-z]+)+)",$', source, re.M)
+    assert len(names) == 10
+    assert all(f"`{name}`" in manual for name in names)

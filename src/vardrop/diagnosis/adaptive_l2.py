@@ -91,8 +91,8 @@ def effective_l2(
             for x in kept:
                 rows = x.reshape(-1, layer.in_features)
                 outputs = torch.nn.functional.linear(rows, layer.weight, layer.bias)
-                curvature = _curvature(outputs.double(), family)
-                total += (curvature.T @ rows.double().square()).cpu()
+                curvature = _curvature(outputs.cpu().double(), family)
+                total += curvature.T @ rows.cpu().double().square()
                 count += len(rows)
     return (rate / (1 - rate) * total / max(count, 1)).to(layer.weight)
 

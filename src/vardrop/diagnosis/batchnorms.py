@@ -167,7 +167,7 @@ def judged(
         expected = inputs.log_theory(path.alpha, direct=path.at is module)
         theory = math.exp((expected - clean).only(alive).mean()[0])
         gap = (inputs.log_variance(noise=True) - expected).only(alive).mean()
-    mean, variance = (module._buffers[key].double().cpu() for key in ("running_mean", "running_var"))  # type: ignore[union-attr]
+    mean, variance = (module._buffers[key].cpu().double() for key in ("running_mean", "running_var"))  # type: ignore[union-attr]
     unbiased = inputs.count / max(inputs.count - 1, 1)
     running = float((variance[alive].clamp_min(1e-30).log() - (clean.value[alive] + math.log(unbiased))).mean())
     gaps = [float(((mean - inputs.mean(on)).square() / inputs.variance(on))[alive].mean()) for on in (False, True)]

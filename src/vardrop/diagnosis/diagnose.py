@@ -228,7 +228,7 @@ def _apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
         a, b = one[name], other[name]
         if a.shape != b.shape or not a.is_floating_point() or a.numel() < 2:
             continue
-        a, b = a.detach().double().cpu(), b.detach().double().cpu()
+        a, b = a.detach().cpu().double(), b.detach().cpu().double()
         both = a.isfinite() & b.isfinite()
         spread = float(a[both].std()) if int(both.sum()) > 1 else 0.0
         if spread > 0:

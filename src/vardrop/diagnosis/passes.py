@@ -85,7 +85,7 @@ class Passes:
     def loss(self, index: int, loss_fn: Callable[[nn.Module, Any], Tensor], noise: str | None = None) -> Tensor:
         """What a loss function says of one batch, ``[1]``."""
         with self._noise(index, noise, 0):
-            return torch.as_tensor(loss_fn(self.model, self.batches[index])).detach().double().cpu().reshape(1)
+            return torch.as_tensor(loss_fn(self.model, self.batches[index])).detach().cpu().double().reshape(1)
 
     @contextmanager
     def _noise(self, index: int, noise: str | None, salt: int) -> Iterator[None]:

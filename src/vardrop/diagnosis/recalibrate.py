@@ -30,7 +30,7 @@ def recalibrate(passes: Passes) -> list[str]:
         The names of the BatchNorms.
     """
     chosen = {module: name for module, name in batchnorms(passes.model).items() if keeps_statistics(module)}
-    _averages(passes, [module for module in chosen if isinstance(module, _BatchNorm)])
+    _averages(passes, [m for m in chosen if isinstance(m, _BatchNorm) and m.num_batches_tracked is not None])
     found: dict[nn.Module, Inputs] = {}
     for _ in range(_PASSES):
         found, _failed = measure(passes, chosen, {}, noise=None)
@@ -46,7 +46,9 @@ def _set(module: nn.Module, inputs: Inputs) -> float:
         return 0.0
     new = (inputs.mean().to(mean), (inputs.variance() * inputs.count / max(inputs.count - 1, 1)).to(variance))
     scale = new[1].clamp_min(1e-12)
-    change = torch.maximum((mean - new[0]).square() / scale, (variance - new[1]).abs() / scale)[inputs.alive()]
+    change = torch.maximum((mean - new[0]).square() / scale, (variance - new[1]).abs() / scale)[
+        inputs.alive().to(mean.device)
+    ]
     mean.copy_(new[0])
     variance.copy_(new[1])
     return float(change.max()) if len(change) else 0.0

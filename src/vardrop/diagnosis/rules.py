@@ -245,8 +245,8 @@ def _is_learned(model: nn.Module, where: str) -> bool:
 
 
 def _ends(where: str, alpha: Tensor, bound: float) -> Iterator[Finding]:
-    low = float((alpha < _NEAR_ZERO).double().mean())
-    high = float((alpha > _NEAR_BOUND * bound).double().mean()) if math.isfinite(bound) else 0.0
+    low = float((alpha < _NEAR_ZERO).float().mean())
+    high = float((alpha > _NEAR_BOUND * bound).float().mean()) if math.isfinite(bound) else 0.0
     if low > AT_END:
         yield Finding(
             where,

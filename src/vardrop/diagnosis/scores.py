@@ -81,18 +81,17 @@ def _judge(output: Any, labels: Tensor) -> Scores | None:
         name, tensors = named(output, None)
     except ValueError:
         return None
-    answer = tensors[name].detach()
-    labels = labels.to(answer.device)
+    answer, labels = tensors[name].detach().cpu(), labels.detach().cpu()
     if not answer.is_floating_point() or answer.ndim == 0 or labels.ndim == 0 or len(answer) != len(labels):
         return None
     if labels.dtype == torch.int64 and answer.ndim == labels.ndim + 1 and answer.shape[1] > 1:
         if answer.shape[2:] != labels.shape[1:] or int(labels.max()) >= answer.shape[1]:
             return None
         wrong = (answer.argmax(1) != labels) & (labels >= 0)
-        return Scores(ERROR, wrong.double().reshape(len(labels), -1).mean(1).cpu())
+        return Scores(ERROR, wrong.double().reshape(len(labels), -1).mean(1))
     if labels.is_floating_point() and answer.numel() == labels.numel():
         off = (answer.double() - labels.double().reshape(answer.shape)).square()
-        return Scores(SQUARED, off.reshape(len(labels), -1).mean(1).cpu())
+        return Scores(SQUARED, off.reshape(len(labels), -1).mean(1))
     return None
 
 

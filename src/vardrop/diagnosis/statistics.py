@@ -84,7 +84,7 @@ class Inputs:
         clean, noisy = clean - shift, noisy - shift
         columns = [clean, clean.square(), noisy, noisy.square()]
         columns.append(torch.zeros_like(clean) if excess is None else _flat(excess).to(clean.dtype))
-        table = torch.stack([column.sum(2) for column in columns], 1).double().cpu()  # [N, columns, channels]
+        table = torch.stack([column.sum(2) for column in columns], 1).cpu().double()  # [N, columns, channels]
         for part in table.tensor_split(min(_GROUPS, len(table))):
             self.sums.append(part.sum(0))
             self.weights.append(torch.tensor(float(len(part) * clean.shape[2]), dtype=torch.float64))
@@ -105,7 +105,7 @@ class Inputs:
         """The means of the channels."""
         means, _ = self._means()
         center = means[ON if noise else OFF]
-        return center if self.shift is None else center + self.shift.double().cpu()
+        return center if self.shift is None else center + self.shift.cpu().double()
 
     def variance(self, noise: bool = False) -> Tensor:
         """The variances of the channels."""

@@ -64,7 +64,7 @@ def fit(student: Passes, teacher: Passes, names: Sequence[str]) -> None:
             for index in range(len(student.batches)):
                 z, y = _output(student, name, index), _output(teacher, name, index)
                 for a, b in zip(z, y, strict=True):
-                    sums += torch.stack([x.double().sum(1).cpu() for x in (torch.ones_like(a), a, b, a * a, a * b)])
+                    sums += torch.stack([x.cpu().double().sum(1) for x in (torch.ones_like(a), a, b, a * a, a * b)])
             count, sz, sy, szz, szy = sums
             if not (count > 0).all():
                 continue  # it does not run

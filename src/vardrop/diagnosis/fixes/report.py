@@ -63,7 +63,8 @@ class FixReport:
         kept = "nothing that was tried is better" if self.attempts else "nothing is wrong that it could cure"
         yield f"kept: {self.chosen}" if self.chosen else f"the model is as it was: {kept}"
         yield f"{'':14} {self.measure:>16} {'|k² - 1| up to':>15} {'running off by':>15}"
-        yield f"{'as it was':14} {self.before:16.4g} {_small(self.diagnosis.worst):>15} {_small(self.diagnosis.gap):>15}"
+        worst, gap = _small(self.diagnosis.worst), _small(self.diagnosis.gap)
+        yield f"{'as it was':14} {self.before:16.4g} {worst:>15} {gap:>15}"
         for attempt in self.attempts:
             after = "-" if attempt.after is None else f"{attempt.after:.4g}"
             yield f"{attempt.strategy:14} {after:>16} {_small(attempt.shift):>15} {_small(attempt.gap):>15}"
