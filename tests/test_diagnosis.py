@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import math
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -488,6 +489,43 @@ def test_half_precision_is_measured_in_single() -> None:
     assert abs(found.ratio - 2) < 4 * found.error
 
 
+def test_a_scripted_model_is_not_judged_and_said_so() -> None:
+    with warnings.catch_warnings(action="ignore"):  # torch says that TorchScript is old
+        net = torch.jit.script(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.BatchNorm1d(8)))
+    found = vd.diagnose(net, [torch.randn(64, 8)])
+    assert "TorchScript" in reasons(found)["2"]
+    assert not found.findings
+
+
+def test_random_weights_shift_too_and_cannot_be_moved() -> None:
+    net = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+    vd.convert_(net, vd.VariationalDropout(type="B", sharing="weight", rate=0.3))
+    (finding,) = vd.diagnose(net, [torch.randn(512, 8)]).findings
+    assert (finding.where, finding.rule) == ("0", "variance-shift")
+    assert "Re-estimate" in finding.todo
+    assert "Move" not in finding.todo
+
+
+def test_shapes_and_calls_that_hang_on_the_noise() -> None:
+    class Shorter(nn.Module):
+        def __init__(self, calls: int) -> None:
+            super().__init__()
+            self.drop, self.bn, self.calls = nn.Dropout(0.5), nn.BatchNorm1d(4), calls
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.drop(x)
+            if torch.equal(x, y):
+                return self.bn(y)
+            for _ in range(self.calls):
+                z = self.bn(y[: 8 if self.calls == 1 else None])
+            return z
+
+    assert "other shapes" in reasons(vd.diagnose(Shorter(1), [torch.randn(32, 4)]))["bn"]
+    assert "as often" in reasons(vd.diagnose(Shorter(2), [torch.randn(32, 4)]))["bn"]
+    odd = vd.diagnose(nn.Sequential(nn.Dropout(0.5), Frozen(4)), [torch.randn(4)])
+    assert "no batches of channels" in reasons(odd)["1"]
+
+
 # ------------------------------------------------------------------------------------------------------ its price
 
 
@@ -595,7 +633,8 @@ def test_the_examples_of_the_manual_run() -> None:
 
 def test_the_manual_names_every_rule() -> None:
     manual = (Path(__file__).parents[1] / "docs" / "diagnosis.md").read_text(encoding="utf-8")
-    source = (Path(vd.__file__).parent / "diagnosis" / "rules.py").read_text(encoding="utf-8")
+    folder = Path(vd.__file__).parent / "diagnosis"
+    source = "".join((folder / name).read_text(encoding="utf-8") for name in ("rules.py", "placement.py"))
     names = re.findall(r'^ {12,}"([a-z]+(?:-[a-z]+)+)",$', source, re.M)
     assert len(names) == 10
     assert all(f"`{name}`" in manual for name in names)

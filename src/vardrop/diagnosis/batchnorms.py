@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
-from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from vardrop.diagnosis.passes import Passes, hooked
+from vardrop.diagnosis.paths import Path, conditional_kind
 from vardrop.diagnosis.report import BatchNormShift, Unjudged
-from vardrop.diagnosis.statistics import Inputs
+from vardrop.diagnosis.statistics import Inputs, Sums, over_positions
 from vardrop.diagnosis.theory import conditional_variance
-from vardrop.diagnosis.tracing import Trace
-from vardrop.layers.base import Drop
-from vardrop.layers.dropblock import _DropBlock
-from vardrop.layers.dropout import Dropout, Dropout1d, Dropout2d, Dropout3d
-from vardrop.layers.droppath import DropPath
-from vardrop.layers.gaussian import GaussianDropout
-from vardrop.roles import rate_attribute
 
 NO_STATISTICS = "it keeps no running statistics and normalises by the batch in evaluation too, so nothing can shift"
-_PASSED = {"ReLU", "LeakyReLU", "Flatten", "Identity", "relu", "relu_", "leaky_relu", "flatten", "reshape", "view"}
-_ADDED = {"add", "__add__", "add_", "__iadd__", "__radd__"}
 
 
 def batchnorms(model: nn.Module) -> dict[nn.Module, str]:
@@ -43,31 +34,10 @@ def _is_batchnorm(module: nn.Module) -> bool:
         return True
     if isinstance(module, nn.modules.instancenorm._InstanceNorm):
         return False
+    if isinstance(module, torch.jit.ScriptModule):
+        return module.original_name.startswith("BatchNorm")
     running = [module._buffers.get(name) for name in ("running_mean", "running_var")]
     return all(isinstance(x, Tensor) and x.ndim == 1 for x in running)
-
-
-class Path(NamedTuple):
-    """How noise comes into a BatchNorm, where theory can follow.
-
-    Attributes:
-        alpha: the variance of the noise.
-        at: the module whose input the noise is measured at: the BatchNorm itself if the dropout is right before it, the
-            dropout if something else is added, or the linear layer in between.
-    """
-
-    alpha: float
-    at: nn.Module
-
-
-@dataclass
-class Measured:
-    """What the passes gave for one BatchNorm."""
-
-    module: nn.Module
-    inputs: Inputs
-    sources: tuple[str, ...] | None
-    path: Path | None
 
 
 def measure(
@@ -86,56 +56,63 @@ def measure(
     Returns:
         The inputs by module, and the modules that could not be measured with the reason.
     """
-    found: dict[nn.Module, Inputs] = {module: Inputs() for module in chosen}
+    found = {module: Inputs() for module in chosen}
     failed: dict[nn.Module, str] = {}
-    points = {path.at for module, path in paths.items() if module in found} | set(found)
+    through = {module: path for module, path in paths.items() if module in found and path.at is not module}
     for index in range(len(passes.batches)):
-        seen: list[dict[nn.Module, list[Tensor]]] = []
-        for on in (None, noise):
-            inputs: dict[nn.Module, list[Tensor]] = {module: [] for module in points}
-            with hooked(dict.fromkeys(points, lambda module, x, kept=inputs: kept[module].append(_kept(x)))):  # type: ignore[misc]
-                passes.run(index, on)
-            seen.append(inputs)
-            if noise is None:
-                seen.append(inputs)
-                break
+        off = _seen(passes, index, None, found, through)
+        on = off if noise is None else _seen(passes, index, noise, found, {})
         for module in [module for module in found if module not in failed]:
-            reason = _add(found[module], module, paths.get(module), *seen)
+            reason = _add(found[module], off[module], on[module])
             if reason is not None:
                 failed[module] = reason
-    for module, inputs_ in found.items():
-        if module not in failed and inputs_.examples == 0:
+    for module, inputs in found.items():
+        if module not in failed and inputs.examples == 0:
             failed[module] = "it did not run on these batches"
-    return {module: inputs_ for module, inputs_ in found.items() if module not in failed}, failed
+    return {module: inputs for module, inputs in found.items() if module not in failed}, failed
 
 
-def _kept(x: Tensor) -> Tensor:
-    """A tensor that later code in place cannot change."""
-    return x.detach().clone()
+class _Seen(NamedTuple):
+    """What one pass showed of one BatchNorm, call by call; None for an input that is none."""
+
+    inputs: list[Sums | None]
+    excess: list[Tensor]
 
 
-def _add(
-    inputs: Inputs,
-    module: nn.Module,
-    path: Path | None,
-    off: dict[nn.Module, list[Tensor]],
-    on: dict[nn.Module, list[Tensor]],
-) -> str | None:
+def _seen(
+    passes: Passes, index: int, noise: str | None, found: dict[nn.Module, Inputs], paths: dict[nn.Module, Path]
+) -> dict[nn.Module, _Seen]:
+    """One pass. Sums are taken at once, so that no activation outlives it."""
+    seen = {module: _Seen([], []) for module in found}
+
+    def at_norm(module: nn.Module, x: Tensor) -> None:
+        fits = x.ndim >= 2 and x.is_floating_point() and x.numel() > 0
+        seen[module].inputs.append(found[module].sums_of(x) if fits else None)
+
+    def before(module: nn.Module, x: Tensor) -> None:
+        variance = conditional_variance(module, x) if conditional_kind(module) else x.square()
+        for norm, path in paths.items():
+            if path.at is module and variance is not None:
+                seen[norm].excess.append(over_positions(variance))
+
+    hooks: dict[nn.Module, Callable[[nn.Module, Tensor], None]] = dict.fromkeys(found, at_norm)
+    with hooked(hooks | {path.at: before for path in paths.values()}):
+        passes.run(index, noise)
+    return seen
+
+
+def _add(inputs: Inputs, off: _Seen, on: _Seen) -> str | None:
     """Add one batch; the reason if that is not possible."""
-    if [x.shape for x in off[module]] != [x.shape for x in on[module]]:
-        return "its inputs have other shapes with the noise on"
-    if any(x.ndim < 2 or not x.is_floating_point() or x.numel() == 0 for x in off[module]):
-        return "its inputs are no batches of channels"
-    for place, (clean, noisy) in enumerate(zip(off[module], on[module], strict=True)):
-        if not (clean.isfinite().all() and noisy.isfinite().all()):
+    if len(off.inputs) != len(on.inputs):
+        return "it does not run as often with the noise on"
+    for place, (clean, noisy) in enumerate(zip(off.inputs, on.inputs, strict=True)):
+        if clean is None or noisy is None:
+            return "its inputs are no batches of channels"
+        if clean.shape != noisy.shape:
+            return "its inputs have other shapes with the noise on"
+        if not (clean.table.isfinite().all() and noisy.table.isfinite().all()):
             return "its inputs are not finite"
-        excess = None
-        if path is not None and path.at is not module and len(off[path.at]) == len(off[module]):
-            x = off[path.at][place]
-            excess = conditional_variance(path.at, x) if conditional_kind(path.at) else x.square()
-            if excess is None or excess.shape != clean.shape:
-                return "the layer in front of it has inputs of other shapes than theory expects"
-        inputs.add(clean, noisy, excess)
+        inputs.add_sums(clean, noisy, off.excess[place] if off.excess else None)
     return None
 
 
@@ -189,101 +166,3 @@ def _distance(running: Tensor, variance: Tensor, mean_gap: float) -> float:
 def with_causes(found: BatchNormShift, causes: dict[str, float]) -> BatchNormShift:
     """The same with what each source gives alone."""
     return replace(found, causes=causes)
-
-
-# ------------------------------------------------------------------------------------------------ theory's paths
-
-
-def path_to(trace: Trace, module: nn.Module, sources: dict[str, str]) -> Path | None:
-    """How the only noise that reaches a BatchNorm comes there, if theory can follow: None if not.
-
-    It can from a dropout right before it, from one whose output something without noise is added to, and from dropout
-    of single units through one linear layer; ReLU and reshaping in between change nothing.
-
-    Args:
-        trace: of a pass with the noise on.
-        module: the BatchNorm.
-        sources: name -> kind of noise.
-    """
-    calls = trace.calls.get(module, [])
-    if len(calls) != 1 or len(trace.noise_upstream(calls[0], sources)) != 1:
-        return None
-    noisy = {i for i in trace.upstream(calls[0]) if trace.source(i, sources) is not None}
-    noisy |= {i for i in trace.upstream(calls[0]) if trace.upstream(i) & noisy}
-    if sum(trace.source(i, sources) is not None for i in noisy) != 1:
-        return None  # one source that runs several times
-    layer: nn.Module | None = None
-    added = rectified = False
-    node = _only(trace, calls[0], noisy)
-    while node is not None:
-        this = trace.nodes[node]
-        if trace.source(node, sources) is not None:
-            alpha, single = _alpha(this.module, this.name, this.rate)
-            if alpha is None or (layer is not None and not single):
-                return None
-            if rectified and isinstance(this.module, GaussianDropout):
-                return None  # its noise changes signs
-            if added:
-                return None if this.module is None else Path(alpha, this.module)
-            return Path(alpha, layer or module)
-        if layer is None and not added and this.module is not None and conditional_kind(this.module):
-            layer = this.module
-        elif layer is None and this.name in _ADDED and len(set(this.parents) & noisy) == 1:
-            added = True
-        elif layer is not None and this.name in _PASSED:
-            rectified = rectified or "relu" in this.name.lower()
-        else:
-            return None
-        node = _only(trace, node, noisy)
-    return None
-
-
-def conditional_kind(module: nn.Module) -> bool:
-    """Whether theory knows how noise goes through a layer."""
-    return type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d) and (
-        getattr(module, "padding_mode", "zeros") == "zeros"
-    )
-
-
-def _only(trace: Trace, node: int, noisy: set[int]) -> int | None:
-    """The only parent that noise comes from."""
-    parents = [parent for parent in trace.nodes[node].parents if parent in noisy]
-    return parents[0] if len(parents) == 1 else None
-
-
-def _alpha(module: nn.Module | None, function: str, rate: float | None) -> tuple[float | None, bool]:
-    """The variance of the noise, and whether every unit has noise of its own."""
-    if module is None:
-        known = function in ("dropout", "dropout1d", "dropout2d", "dropout3d") and rate is not None and rate < 1
-        return (rate / (1 - rate) if known and rate is not None else None), function == "dropout"
-    p = _rate(module)
-    if p is None or not 0 < p < 1:
-        return None, False
-    if isinstance(module, GaussianDropout):
-        return p / (1 - p), not module.shared
-    if isinstance(module, _DropBlock):
-        exact = module.seeds == "extended" and module.rescale == "expected"
-        return (p / (1 - p) if exact else None), False
-    if isinstance(module, DropPath):
-        return (p / (1 - p) if module.scaling == "inverted" else None), False
-    if isinstance(module, Dropout | nn.Dropout):
-        return p / (1 - p), True
-    if isinstance(module, Dropout1d | Dropout2d | Dropout3d | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d):
-        return p / (1 - p), False
-    return None, False
-
-
-def _rate(module: nn.Module) -> float | None:
-    attribute = rate_attribute(module)
-    return None if attribute is None or isinstance(module, _LazyNormBase) else float(getattr(module, attribute))
-
-
-def is_plain(module: nn.Module | None, function: str) -> bool:
-    """Whether a dropout drops single units."""
-    if module is None:
-        return function == "dropout"
-    if isinstance(module, GaussianDropout):
-        return not module.shared
-    return type(module) in (nn.Dropout, nn.AlphaDropout, Dropout) or (
-        isinstance(module, _DropoutNd | Drop) and type(module).__name__ == "Dropout"
-    )

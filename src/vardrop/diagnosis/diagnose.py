@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _LazyNormBase
 
-from vardrop.diagnosis.batchnorms import NO_STATISTICS, batchnorms, judged, measure, path_to, with_causes
+from vardrop.diagnosis.batchnorms import NO_STATISTICS, batchnorms, judged, measure, with_causes
 from vardrop.diagnosis.passes import Passes
+from vardrop.diagnosis.paths import path_to
+from vardrop.diagnosis.placement import PLACEMENT_RULES
 from vardrop.diagnosis.recalibrate import keeps_statistics, recalibrate
 from vardrop.diagnosis.report import BatchNormShift, Cost, Diagnosis, Finding, Unjudged
-from vardrop.diagnosis.rules import FEW, RULES, Facts, shifts_surely
+from vardrop.diagnosis.rules import FEW, SHIFT_RULES, Facts, shifts_surely
 from vardrop.diagnosis.scores import Loss, Scores, difference, score
 from vardrop.diagnosis.tracing import Trace, tracing
 from vardrop.prediction.stochastic import Noise, stochastic
@@ -78,9 +80,8 @@ def diagnose(
     """
     passes = Passes(model, loader, max_batches, generator, "diagnose")
     unjudged = [Unjudged(name, reason) for name, reason in _beforehand(model)]
-    if passes.is_lazy:
-        rest = Unjudged(type(model).__name__, "it has layers without a shape yet; run one batch through it first")
-        return Diagnosis((), (), (*unjudged, rest), None, 0)
+    if (reason := _unfit(passes)) is not None:
+        return Diagnosis((), (), (*unjudged, Unjudged(type(model).__name__, reason)), None, 0)
     with passes.borrowed():
         first = passes.checked()
         noise, trace = _traced(passes, unjudged)
@@ -102,7 +103,7 @@ def diagnose(
     elif sources:
         unjudged.append(Unjudged("underfitting", "there are no validation data to hold the error on these against"))
     found: list[Finding] = []
-    for rule in RULES:
+    for rule in (*SHIFT_RULES, *PLACEMENT_RULES):
         try:
             found += rule(facts)
         except Exception as error:  # a model that a rule does not understand must not hide what the others found
@@ -112,11 +113,24 @@ def diagnose(
     return Diagnosis(tuple(found), tuple(shifts), tuple(unjudged), cost, _examples(passes))
 
 
+def _unfit(passes: Passes) -> str | None:
+    """Why a model is not run at all."""
+    if passes.is_lazy:
+        return "it has layers without a shape yet; run one batch through it first"
+    if any(isinstance(module, torch.jit.ScriptModule) for module in passes.names):
+        return (
+            "it is TorchScript, which shows nothing of its inside; diagnose the module that it was made from"
+        )
+    return None
+
+
 def _beforehand(model: nn.Module) -> Iterator[tuple[str, str]]:
     """BatchNorms of which nothing can be said whatever the data."""
     for module, name in batchnorms(model).items():
         if isinstance(module, _LazyNormBase):
             yield name, "it is lazy and has no shape yet; run one batch through the model first"
+        elif isinstance(module, torch.jit.ScriptModule):
+            yield name, "it is TorchScript, which does not show what comes in"
         elif not keeps_statistics(module):
             yield name, NO_STATISTICS
 

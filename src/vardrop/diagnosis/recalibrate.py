@@ -55,7 +55,9 @@ def _set(module: nn.Module, inputs: Inputs) -> float:
 
 
 def keeps_statistics(module: nn.Module) -> bool:
-    """Whether a BatchNorm has running statistics."""
+    """Whether a BatchNorm has running statistics that can be measured, and set."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
     return all(getattr(module, name, None) is not None for name in ("running_mean", "running_var"))
 
 

@@ -50,6 +50,20 @@ class Estimate(NamedTuple):
         return float(one.value), float(one.error)
 
 
+class Sums(NamedTuple):
+    """What is kept of the input of a BatchNorm in one call.
+
+    Attributes:
+        table: sums of values and of their squares, ``[N, 2, channels]``, less a shift.
+        positions: how many values of a channel an example has.
+        shape: of the input.
+    """
+
+    table: Tensor
+    positions: int
+    shape: tuple[int, ...]
+
+
 class Inputs:
     """Sums of the inputs of one BatchNorm over groups of examples.
 
@@ -77,17 +91,30 @@ class Inputs:
             on: the same with noise.
             excess: the variance that noise has by theory, of the shape of ``off``; zeros if None.
         """
-        clean, noisy = _flat(off), _flat(on)
+        self.add_sums(self.sums_of(off), self.sums_of(on), None if excess is None else over_positions(excess))
+
+    def sums_of(self, x: Tensor) -> Sums:
+        """What is kept of one input, ``[N, channels, ...]``; the first one must be without noise."""
+        flat = _flat(x)
         if self.shift is None:
-            self.shift = clean.mean((0, 2))
-        shift = self.shift[:, None].to(clean.dtype)
-        clean, noisy = clean - shift, noisy - shift
-        columns = [clean, clean.square(), noisy, noisy.square()]
-        columns.append(torch.zeros_like(clean) if excess is None else _flat(excess).to(clean.dtype))
-        table = torch.stack([column.sum(2) for column in columns], 1).cpu().double()  # [N, columns, channels]
+            self.shift = flat.mean((0, 2))
+        flat = flat - self.shift[:, None].to(flat)
+        table = torch.stack([flat.sum(2), flat.square().sum(2)], 1).cpu().double()
+        return Sums(table, flat.shape[2], tuple(x.shape))
+
+    def add_sums(self, off: Sums, on: Sums, excess: Tensor | None = None) -> None:
+        """Add the sums of one batch.
+
+        Args:
+            off: without noise.
+            on: with noise.
+            excess: sums over the positions of the variance that noise has by theory, ``[N, channels]``.
+        """
+        theory = torch.zeros_like(off.table[:, 0]) if excess is None else excess
+        table = torch.cat([off.table, on.table, theory[:, None]], 1)  # [N, columns, channels]
         for part in table.tensor_split(min(_GROUPS, len(table))):
             self.sums.append(part.sum(0))
-            self.weights.append(torch.tensor(float(len(part) * clean.shape[2]), dtype=torch.float64))
+            self.weights.append(torch.tensor(float(len(part) * off.positions), dtype=torch.float64))
         self.examples += len(table)
 
     @property
@@ -153,3 +180,8 @@ def _flat(x: Tensor) -> Tensor:
     """``[N, channels, positions]`` in at least single precision."""
     x = x.detach()
     return x.to(torch.promote_types(x.dtype, torch.float32)).reshape(x.shape[0], x.shape[1], -1)
+
+
+def over_positions(x: Tensor) -> Tensor:
+    """Sums over all but the first two axes, ``[N, channels]``."""
+    return _flat(x).sum(2).cpu().double()
