@@ -46,7 +46,7 @@ GRIDS = {
 def cells(scale: str) -> list[Config]:
     """The agreement of each family, and a cell for every data set and half of it."""
     made: list[Config] = [{"part": "agreement", "family": family, "seed": 0} for family in ("logistic", "Poisson")]
-    splits = {"smoke": 1, "cpu": 5, "gpu": 30}[scale]
+    splits = {"smoke": 1, "cpu": 4, "gpu": 30}[scale]
     sets = ("breast-cancer", "texts") if scale == "smoke" else SETS
     words = 40 if scale == "smoke" else 600
     return made + [

@@ -48,7 +48,7 @@ def cells(scale: str) -> list[Config]:
             "growth": 12, "stem": 1, "device": "cuda", "looked_at": 8192,
         },
     }[scale]  # fmt: skip
-    seeds = {"smoke": 1, "cpu": 3, "gpu": 5}[scale]
+    seeds = {"smoke": 1, "cpu": 2, "gpu": 5}[scale]
     return [{"place": place, "rate": RATE, **shared, **size, "seed": seed} for seed in range(seeds) for place in PLACES]
 
 
