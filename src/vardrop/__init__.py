@@ -14,7 +14,9 @@ from vardrop.prediction.stochastic import stochastic
 from vardrop.replace import replace_dropout_
 from vardrop.set_rates import set_rates_
 from vardrop.sparsity.compact import compact
+from vardrop.sparsity.compressed import compressed_size, load_compressed, save_compressed
 from vardrop.sparsity.finetune import finetune
+from vardrop.sparsity.precision import quantize_to_noise
 from vardrop.sparsity.sparsify import sparsify_
 from vardrop.uncertainty.acquisition import acquire
 from vardrop.uncertainty.selection import select
@@ -39,6 +41,7 @@ __all__ = [
     "VariationalDropout",
     "acquire",
     "compact",
+    "compressed_size",
     "convert_",
     "diagnose",
     "dropout_rates",
@@ -51,12 +54,15 @@ __all__ = [
     "kl",
     "kl_divergence",
     "layers",
+    "load_compressed",
     "mc_predict",
     "presets",
+    "quantize_to_noise",
     "rates",
     "register_layer",
     "replace_dropout_",
     "restore_",
+    "save_compressed",
     "select",
     "set_rates_",
     "sparsify_",

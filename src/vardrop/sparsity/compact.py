@@ -90,7 +90,7 @@ def compact(model: nn.Module, example_input: Tensor | Sequence[Any], select_inpu
     if not isinstance(model, nn.Module):
         raise TypeError(f"vardrop.compact: model must be a torch.nn.Module, got {type(model).__name__}")
     inputs: Inputs = (example_input,) if isinstance(example_input, Tensor) else tuple(example_input)
-    dense = _plain_copy(model)
+    dense = plain_copy(model)
     try:
         with torch.no_grad():
             dense(*inputs)
@@ -112,7 +112,8 @@ def compact(model: nn.Module, example_input: Tensor | Sequence[Any], select_inpu
     return small
 
 
-def _plain_copy(model: nn.Module) -> nn.Module:
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model, restored and in evaluation."""
     dense = copy.deepcopy(model)
     restore_(dense)
     return dense.eval()

@@ -1,0 +1,126 @@
+"""Other formats: ONNX for what runs elsewhere, safetensors with sparse rows for what stays unstructured."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vardrop.sparsity.compact import plain_copy
+from vardrop.sparsity.compressed import plain_state
+from vardrop.sparsity.optional import needed
+
+SPARSE = 0.5  # the part of a matrix that is zero from which on rows are kept sparse
+PARTS = ("crow", "col", "value")
+
+
+def save_sparse(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a model to safetensors, matrices with many zeros in compressed sparse rows (CSR).
+
+    A weight of more than two axes is a matrix of its first axis against the others. A sparse weight ``name`` stands in
+    the file as ``name.crow``, ``name.col`` (32 bits) and ``name.value``, its shape in the metadata, so that any reader
+    of safetensors can use it. Noise is not kept.
+
+    Args:
+        model: any module.
+        path: of the file.
+
+    Example:
+        >>> import pathlib, tempfile, torch, vardrop as vd
+        >>> layer, other = torch.nn.Linear(40, 3), torch.nn.Linear(40, 3)
+        >>> with torch.no_grad():
+        ...     layer.weight[:, 4:] = 0.0
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "layer.safetensors"
+        >>> vd.sparsity.save_sparse(layer, path)
+        >>> vd.sparsity.load_sparse(path, other)
+        >>> torch.equal(layer.weight, other.weight)
+        True
+    """
+    safetensors = needed("safetensors.torch", "sparsity.save_sparse", "export")
+    tensors: dict[str, Tensor] = {}
+    shapes: dict[str, list[int]] = {}
+    for name, value in plain_state(model).items():
+        value = value.detach().cpu()
+        zeros = 1 - float(torch.count_nonzero(value)) / max(1, value.numel())
+        if value.ndim < 2 or zeros < SPARSE or not value.is_floating_point() or not value.numel():
+            tensors[name] = value.clone().contiguous()
+            continue
+        rows = value.flatten(1)
+        row, column = rows.nonzero(as_tuple=True)
+        counts = torch.bincount(row, minlength=len(rows)).cumsum(0)
+        tensors[f"{name}.crow"] = torch.cat([counts.new_zeros(1), counts]).to(torch.int32)
+        tensors[f"{name}.col"] = column.to(torch.int32)
+        tensors[f"{name}.value"] = rows[row, column].contiguous()
+        shapes[name] = list(value.shape)
+    safetensors.save_file(tensors, Path(path), metadata={"format": "pt", "csr": json.dumps(shapes)})
+
+
+def load_sparse(path: str | os.PathLike[str], model: nn.Module) -> None:
+    """Read a file of :func:`save_sparse` into a model of the same architecture, in place.
+
+    Args:
+        path: of the file.
+        model: plain or converted (whose noise stays as it is).
+
+    Raises:
+        ValueError: if the file is something else or of another model; the model is then as it was.
+    """
+    safetensors = needed("safetensors", "sparsity.load_sparse", "export")
+    try:
+        with safetensors.safe_open(Path(path), framework="pt") as file:
+            shapes: dict[str, list[int]] = json.loads((file.metadata() or {}).get("csr", "{}"))
+            found: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"vardrop.sparsity.load_sparse: needs a whole safetensors file, got {path} ({error}); write it again with "
+            "vd.sparsity.save_sparse"
+        ) from error
+    for name, shape in shapes.items():
+        crow, column, value = (found.pop(f"{name}.{part}") for part in PARTS)
+        dense = value.new_zeros(shape[0], math.prod(shape[1:]))
+        row = torch.repeat_interleave(torch.arange(shape[0]), crow.diff().long())
+        dense[row, column.long()] = value
+        found[name] = dense.view(shape)
+    state = plain_state(model)
+    different = sorted(
+        name
+        for name in found.keys() | state.keys()
+        if name not in found or name not in state or found[name].shape != state[name].shape
+    )
+    if different:
+        raise ValueError(
+            f"vardrop.sparsity.load_sparse: the model must have the tensors that {path} has, of the same shapes, got "
+            f"other ones for {', '.join(different[:5])}; build the model that was saved"
+        )
+    with torch.no_grad():
+        for name, value in found.items():
+            state[name].copy_(value)
+
+
+def export_onnx(model: nn.Module, example_input: Tensor | Sequence[Any], path: str | os.PathLike[str]) -> None:
+    """Write a model to ONNX, in evaluation, for batches of any size.
+
+    Args:
+        model: any module that ``torch.export`` takes; a converted one is restored in a copy first.
+        example_input: a tensor, or all positional arguments in a tuple; the first axis of each is the batch, of at
+            least two examples.
+        path: of the file.
+
+    Raises:
+        ModuleNotFoundError: without onnx and onnxscript (``pip install 'vardrop[export]'``).
+    """
+    needed("onnx", "sparsity.export_onnx", "export")
+    needed("onnxscript", "sparsity.export_onnx", "export")
+    inputs = (example_input,) if isinstance(example_input, Tensor) else tuple(example_input)
+    plain = plain_copy(model)
+    batch = torch.export.Dim("batch")
+    shapes = tuple({0: batch} if isinstance(x, Tensor) and x.ndim else None for x in inputs)
+    program = torch.onnx.export(plain, inputs, dynamo=True, dynamic_shapes=shapes, verbose=False)
+    assert program is not None  # noqa: S101 - of dynamo=True
+    program.save(str(path))

@@ -1,0 +1,17 @@
+"""Packages that only files need, imported when one is written or read."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+
+def needed(module: str, by: str, extra: str) -> Any:
+    """A module of an optional package, or an error that says what to install."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"vardrop.{by}: needs {error.name}, got an environment without it; pip install 'vardrop[{extra}]'",
+            name=error.name,
+        ) from error
