@@ -118,9 +118,7 @@ def _unfit(passes: Passes) -> str | None:
     if passes.is_lazy:
         return "it has layers without a shape yet; run one batch through it first"
     if any(isinstance(module, torch.jit.ScriptModule) for module in passes.names):
-        return (
-            "it is TorchScript, which shows nothing of its inside; diagnose the module that it was made from"
-        )
+        return "it is TorchScript, which shows nothing of its inside; diagnose the module that it was made from"
     return None
 
 

@@ -14,7 +14,7 @@ from vardrop.diagnosis.fixes.plan import Changes, Offender, places
 from vardrop.diagnosis.passes import Passes
 
 _KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-_GROUPS = 32  # at most, of channels of maps
+_GROUPS, _CHANNELS = 32, 8  # of maps: at most so many groups, at least so many channels in each
 
 
 def layernorm(model: nn.Module, found: Sequence[Offender]) -> Changes:
@@ -31,7 +31,7 @@ def layernorm(model: nn.Module, found: Sequence[Offender]) -> Changes:
             changes.left[name] = f"is a {type(module).__name__}, which is left as it is"
             continue
         channels = int(module.num_features)  # type: ignore[arg-type]
-        groups = 1 if isinstance(module, nn.BatchNorm1d) else math.gcd(_GROUPS, channels)
+        groups = 1 if isinstance(module, nn.BatchNorm1d) else groups_of(channels)
         reference = next(module.parameters(), module.running_var)
         norm = nn.GroupNorm(groups, channels, eps=float(module.eps))  # type: ignore[arg-type]
         if isinstance(reference, Tensor):
@@ -40,6 +40,20 @@ def layernorm(model: nn.Module, found: Sequence[Offender]) -> Changes:
             setattr(holder, child, norm.train(module.training))
         changes.changed[name] = f"GroupNorm({groups}, {channels})"
     return changes
+
+
+def groups_of(channels: int) -> int:
+    """How many groups the channels of a map make: a channel by itself would lose its mean, which is what it says.
+
+    Args:
+        channels: of the map.
+
+    Example:
+        >>> from vardrop.diagnosis.fixes.layernorm import groups_of
+        >>> [groups_of(channels) for channels in (3, 16, 64, 512)]
+        [1, 2, 8, 32]
+    """
+    return math.gcd(_GROUPS, channels // _CHANNELS) if channels % _CHANNELS == 0 else 1
 
 
 def fit(student: Passes, teacher: Passes, names: Sequence[str]) -> None:
