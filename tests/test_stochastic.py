@@ -590,7 +590,7 @@ def test_hooks_run_and_see_the_noise() -> None:
 
 def test_script_modules_have_their_dropout_modules_switched() -> None:
     with warnings.catch_warnings(action="ignore"):  # deprecated, and still met
-        model = torch.jit.script(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5))).eval()
+        model = torch.jit.script(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5)).eval())
     x = torch.ones(4, 8)
     with vd.stochastic(model) as noise:
         assert [source.kind for source in noise.sources] == ["Dropout"]

@@ -48,15 +48,15 @@ def put_back(kept: Iterable[Kept]) -> list[str]:
     """
     changed: dict[str, None] = {}
     for module, shown, key, buffer, version, copy in kept:
-        now = module._buffers.get(key)
+        now = module._buffers[key] if key in module._buffers else None  # noqa: SIM401 - TorchScript's dict has no get
         if now is not None and (now.device, now.dtype, now.shape) != (buffer.device, buffer.dtype, buffer.shape):
             continue
         if (version is None or _version(buffer) != version) and not _same(buffer, copy):
             changed[shown] = None
             with torch.inference_mode(buffer.is_inference()):
                 buffer.copy_(copy)
-        if now is not buffer:
-            changed[shown] = None
+        if now is not buffer and not (isinstance(module, torch.jit.ScriptModule) and now is not None):
+            changed[shown] = None  # a script hands out another object at every look
             module._buffers[key] = buffer
     return list(changed)
 
