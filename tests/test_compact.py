@@ -121,6 +121,21 @@ class Dense(nn.Module):
         return self.last(torch.cat([a, torch.relu(self.up(b)), x], 1))
 
 
+class Squeeze(nn.Module):
+    """Channels times a gate of each, as in squeeze-and-excitation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.down, self.up = nn.Conv2d(1, 6, 3), nn.Linear(6, 3), nn.Linear(3, 6)
+        self.last = nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.conv(x))
+        gate = self.up(torch.relu(self.down(x.mean((2, 3))))).sigmoid()
+        x = x * gate[:, :, None, None] + gate.unsqueeze(2).unsqueeze(-1)
+        return self.last(x.permute(0, 3, 1, 2).transpose(1, 2).permute((0, 1, 3, 2)))
+
+
 class Gates(nn.Module):
     """Products and differences of tensors and numbers."""
 
@@ -145,6 +160,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "batch norm": (lambda: nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ELU(), nn.Linear(8, 2)), (5,)),
     "batch norm first": (lambda: nn.Sequential(nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 2)), (5,)),
     "layer norm": (lambda: nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 2)), (5,)),
+    "squeeze": (Squeeze, (1, 5, 5)),
     "conv1d": (lambda: nn.Sequential(nn.Conv1d(3, 6, 3), nn.AvgPool1d(2, padding=1), nn.Conv1d(6, 2, 2)), (3, 9)),
     "groups": (lambda: nn.Sequential(nn.Conv2d(2, 4, 1), nn.Conv2d(4, 6, 1, groups=2), nn.Conv2d(6, 2, 1)), (2, 3, 3)),
     "reflection": (
@@ -307,6 +323,16 @@ def test_channels_of_sums_and_concatenations_go() -> None:
     assert (small.first.out_channels, small.up.out_channels, small.last.in_channels) == (4, 4, 10)
 
 
+def test_channels_go_through_gates() -> None:
+    model = Squeeze().double().eval()
+    with torch.no_grad():
+        model.last.weight[:, 1:3] = 0
+        model.down.weight[:, 1:3] = 0
+    small = vd.compact(model, torch.randn(2, 1, 5, 5, dtype=torch.float64))
+    assert_same(model, small, 1, 5, 5)
+    assert (small.conv.out_channels, small.up.out_features, small.last.in_channels) == (4, 4, 4)
+
+
 def test_a_constant_at_a_padding_stays_and_is_told() -> None:
     model = nn.Sequential(nn.Conv2d(1, 3, 1), nn.Sigmoid(), nn.Conv2d(3, 2, 3, padding=1)).double()
     with torch.no_grad():
@@ -333,6 +359,47 @@ def test_what_couples_all_channels_keeps_them_and_is_told(module: nn.Module, wor
     assert small[0].out_features == 6
     with pytest.raises(AssertionError, match=words):
         raise AssertionError(small.compaction.left["0"])
+
+
+LEFT: dict[str, Callable[[Tensor], Tensor]] = {
+    "has 2 groups of several channels, which must stay of one size": nn.Conv2d(6, 4, 1, groups=2),
+    "has 2 groups, which must stay of one size": nn.ConvTranspose2d(6, 4, 1, groups=2),
+    "is not known here with other arguments than one tensor": lambda x: torch.relu(input=x),
+    "changes in place what is used elsewhere too": lambda x: F.relu(x, inplace=True) + x,
+    "takes more than one tensor, in a way that is not known here": lambda x: torch.where(x > 0, x, x.sin()),
+    "asks for the number of channels": lambda x: x.cos() * x.shape[1],
+    "has more than two arguments": lambda x: torch.add(x, x.sin(), alpha=2),
+    "joins something else than numbers and tensors of the same channels": lambda x: x + x[:, :1],
+    "rearranges the channels": lambda x: x.view(x.shape[0], 2, 3, -1),
+    "flattens other axes than those after the first": lambda x: x.flatten(2),
+    "takes all axes together": lambda x: x.mean(),
+    "is taken over the channels": lambda x: x.mean(1),
+    "works along the channels": lambda x: F.avg_pool3d(x, 3, 1, 1),
+    "works along axis 3, where the channels do not lie": nn.Linear(4, 2),
+    "has no running statistics, and so takes those of the batch": nn.BatchNorm2d(6, track_running_stats=False),
+    "takes a part of the tensor": lambda x: x[:, 1:],
+    "is not known here": lambda x: torch.cat(x.chunk(2, 1), 1),
+}
+
+
+@pytest.mark.parametrize("words", LEFT)
+def test_reasons_are_given_for_what_is_left(words: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 6, 1)
+            self.step = LEFT[words]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.step(self.conv(x))
+
+    model = Net().double().eval()
+    with torch.no_grad():
+        model.conv.weight[2] = 0
+        model.conv.bias[2] = 0
+    small = vd.compact(model, torch.randn(2, 1, 4, 4, dtype=torch.float64))
+    assert small.conv.out_channels == 6
+    assert words in small.compaction.left["conv"]
 
 
 class Twice(nn.Module):

@@ -73,8 +73,6 @@ class Reader:
 
     def channels(self, node: Any, dim: int) -> Channels:
         """The facts of a tensor along an axis; nothing is known of one that is met first."""
-        if not isinstance(node, fx.Node) or "shape" not in node.meta or len(node.meta["shape"]) <= dim or dim < 0:
-            raise Unknown("takes something other than a tensor with channels")
         if node not in self.facts:
             self.facts[node] = Channels.variable(node, dim)
             self.facts[node].pin("comes from outside, or from an operation that is not known")
@@ -127,6 +125,7 @@ class Reader:
         if isinstance(module, Drop) and not list(module.children()) and not module.training:
             return self._each(node, source, lambda value: value)
         if kind in _SAME and not getattr(module, "return_indices", False):
+            self._check_positions(node, kind.__name__)
             return self._each(node, source, lambda value: value)
         if kind in _ACTIVATIONS or (kind is nn.PReLU and module.num_parameters == 1):
             self._check_in_place(node, getattr(module, "inplace", False))
@@ -135,6 +134,7 @@ class Reader:
             slope = module.weight.detach().double()
             return self._each(node, self._along(source, 1), lambda value: torch.where(value > 0, value, slope * value))
         if kind in _AVERAGES:
+            self._check_positions(node, kind.__name__)
             return self._average(node, source, module.padding, module.count_include_pad)
         if isinstance(module, _NORMS):
             raise Unknown("takes mean and variance over channels, to which constant ones count too")
@@ -154,16 +154,25 @@ class Reader:
         if in_place and isinstance(first, fx.Node) and len(first.users) > 1:
             raise Unknown("changes in place what is used elsewhere too")
 
+    def _check_positions(self, node: fx.Node, name: str) -> None:
+        """Pooling acts on the last axes: refuse it where these are the channels."""
+        source: Any = node.args[0]
+        if source in self.facts and ("pool" in name.lower() or name in ("Upsample", "interpolate")):
+            axes = len(source.meta["shape"])
+            first = axes - int(name[-2]) if name[-2].isdigit() else 2
+            if self.facts[source].dim >= first:
+                raise Unknown("works along the channels")
+
     def _each(self, node: fx.Node, source: Any, function: Callable[[Tensor], Tensor], dim: int | None = None) -> Rule:
         """One tensor in, its channels stay apart and constant."""
-        if not isinstance(source, fx.Node) or source not in self.facts or "shape" not in node.meta:
-            raise Unknown("takes a tensor of which nothing is known")
+        if source not in self.facts:
+            return Rule(node, [])
         channels = self.facts[source]
         with torch.no_grad():
             value = function(channels.value.clone())
         dim = channels.dim if dim is None else dim
-        if node.meta["shape"][dim] != channels.size or value.shape != channels.value.shape:
-            raise Unknown("changes the number of channels")
+        if node.meta["shape"][dim] != channels.size:
+            raise Unknown("works along the channels")
         constant = channels.constant & value.isfinite()
         return Each(node, [channels], dim, constant, torch.where(constant, value, 0.0))
 
@@ -215,11 +224,7 @@ class Reader:
         return Each(node, [source], 1, constant, torch.where(constant, value, 0.0))
 
     def _flatten(self, node: fx.Node, source: Any) -> Rule:
-        channels = self.channels(source, 1)
-        shape = source.meta["shape"]
-        if len(node.meta["shape"]) != 2:
-            raise Unknown("does not flatten to two axes")
-        return Blocks(node, [channels], 1, math.prod(shape[2:]))
+        return Blocks(node, [self.channels(source, 1)], 1, math.prod(source.meta["shape"][2:]))
 
     # ---------------------------------------------------------------------------------------------------- functions
 
@@ -231,16 +236,21 @@ class Reader:
             if name == "getitem" and first not in self.facts:
                 return Rule(node, [])
             raise Unknown("is not known here")
+        if not node.args:
+            raise Unknown("is not known here with other arguments than one tensor")
         self._check_in_place(node, name in _IN_PLACE or bool(node.kwargs.get("inplace")))
         if name in _JOINS:
             return self._join(node, _JOINS[name])
         others = [each for each in node.all_input_nodes if each is not first]
+        if name in ("transpose", "permute", "unsqueeze", "getitem"):
+            return self._rearrange(node, name)
         if name in ("view", "reshape", "flatten"):
             return self._view(node, name)
         if name in ("cat", "concat", "concatenate"):
             return self._cat(node)
         if others:
             raise Unknown("takes more than one tensor, in a way that is not known here")
+        self._check_positions(node, name)
         if name in _SAME_NAMES and not node.kwargs.get("return_indices"):
             return self._each(node, first, lambda value: value)
         if name.startswith("avg_pool"):
@@ -274,11 +284,13 @@ class Reader:
             raise Unknown("has more than two arguments")
         tensors = [each for each in node.args if isinstance(each, fx.Node)]
         known = [each for each in tensors if each in self.facts]
-        if not known or any(each.meta.get("shape") != node.meta["shape"] for each in tensors):
-            raise Unknown("joins tensors of different shapes")
-        if len(tensors) < len(node.args) and not all(isinstance(x, fx.Node | int | float) for x in node.args):
-            raise Unknown("joins a tensor with something else")
-        dim = self.facts[known[0]].dim
+        if not known:
+            return Rule(node, [])
+        dim, shape = self.facts[known[0]].dim, node.meta["shape"]
+        shapes: list[Any] = [each.meta.get("shape", ()) for each in tensors]
+        others = [x for x in node.args if not isinstance(x, fx.Node | int | float)]
+        if others or any(len(each) != len(shape) or each[dim] != shape[dim] for each in shapes):
+            raise Unknown("joins something else than numbers and tensors of the same channels")
         inputs = [self.channels(each, dim) for each in tensors]
         values = [self.facts[each].value if isinstance(each, fx.Node) else each for each in node.args]
         value = torch.as_tensor(function(*values))
@@ -293,7 +305,7 @@ class Reader:
         tensors = node.args[0]
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
         if not isinstance(tensors, list | tuple) or not isinstance(dim, int):
-            raise Unknown("is not known here with such arguments")
+            raise Unknown("is not known here")
         dim %= len(node.meta["shape"])
         known = [self.facts[each] for each in tensors if isinstance(each, fx.Node) and each in self.facts]
         if known and known[0].dim != dim:  # along positions: channel by channel
@@ -324,13 +336,40 @@ class Reader:
             self.flattens.append(node)
         return rule
 
+    def _rearrange(self, node: fx.Node, name: str) -> Rule:
+        """Axes in another order, or more of them, of size 1."""
+        source: Any = node.args[0]
+        given: list[Any] = list(node.args[1:])
+        if source not in self.facts:
+            return Rule(node, [])
+        order: list[Any] = list(range(len(source.meta["shape"])))
+        if node.kwargs:
+            raise Unknown("is not known here")
+        if name == "transpose":
+            first, second = (axis % len(order) for axis in given)
+            order[first], order[second] = order[second], order[first]
+        elif name == "permute":
+            axes: Any = given[0] if isinstance(given[0], list | tuple) else given
+            order = [axis % len(order) for axis in axes]
+        elif name == "unsqueeze":
+            order.insert(given[0] % (len(order) + 1), None)
+        else:
+            index: Any = given[0] if isinstance(given[0], tuple) else (given[0],)
+            if any(each is not None and each != slice(None) for each in index):
+                raise Unknown("takes a part of the tensor")
+            rest = iter(order)
+            order = [None if each is None else next(rest) for each in index] + list(rest)
+        return self._each(node, source, lambda value: value, order.index(self.facts[source].dim))
+
     def _mean(self, node: fx.Node) -> Rule:
         """Over positions."""
         source = node.args[0]
         given: dict[str, Any] = dict(zip(("dim", "keepdim"), node.args[1:], strict=False)) | node.kwargs
         dims = given.get("dim")
         dims = [dims] if isinstance(dims, int) else dims
-        if not isinstance(source, fx.Node) or source not in self.facts or not isinstance(dims, list | tuple):
+        if not isinstance(source, fx.Node) or source not in self.facts:
+            return Rule(node, [])
+        if not isinstance(dims, list | tuple):
             raise Unknown("takes all axes together")
         axes, rank = len(source.meta["shape"]), self.facts[source].dim
         gone = {axis % axes for axis in dims}
