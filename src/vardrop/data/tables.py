@@ -92,6 +92,7 @@ def table(path: Path, split: int) -> Data:
 
 
 def uci_folder(name: str, root: Path | None) -> Path:
+    """The folder of one of the UCI sets."""
     key = f"uci:{name}"
     if key in SOURCES:
         return need(key, root)[0]
@@ -122,6 +123,7 @@ def read_numbers(path: Path, ndim: Literal[1, 2]) -> np.ndarray:
 
 
 def read_indices(path: Path, bound: int) -> np.ndarray:
+    """Different whole numbers below a bound, of a text file."""
     if not path.is_file():
         raise FileNotFoundError(f"vardrop.data: there must be a file {path}, got none; get the folder anew")
     values = read_numbers(path, ndim=1)
@@ -161,6 +163,7 @@ def read_lines(path: Path) -> list[tuple[int, list[str]]]:
 
 
 def as_number(cell: str) -> float | None:
+    """The number in a cell, or None."""
     try:
         return None if "_" in cell else float(cell)  # Python would read 1_000
     except ValueError:
@@ -168,6 +171,7 @@ def as_number(cell: str) -> float | None:
 
 
 def finite_number(path: Path, line: int, column: int, cell: str) -> float:
+    """The number in a cell; refused if there is none, or it is not finite."""
     value = as_number(cell)
     if value is None or not math.isfinite(value):
         raise ValueError(
