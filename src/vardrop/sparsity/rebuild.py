@@ -111,5 +111,7 @@ def why_left(channels: Channels) -> str | None:
     if not left:
         return None
     reasons = [why for why in channels.why if why]
+    if not reasons and channels.keep.sum() == 1:
+        return None  # the last one of a layer
     told = "; ".join(reasons) if reasons else "they go with channels that stay"
     return f"{left} of {channels.size} output channels could go, but {told}"
