@@ -616,6 +616,47 @@ def test_a_wrong_network_is_never_returned(monkeypatch: pytest.MonkeyPatch) -> N
         vd.compact(zeroed(Residual(), 0.2), torch.randn(2, 2, 6, 6, dtype=torch.float64))
 
 
+def test_what_only_training_calls_is_told() -> None:
+    class Auxiliary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head, self.other = nn.Linear(3, 6), nn.Linear(6, 2), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.body(x)
+            return self.head(x) + self.other(x) if self.training else self.head(x)
+
+    model = zeroed(Auxiliary(), 0.3)
+    small = vd.compact(model, torch.randn(2, 3, dtype=torch.float64))
+    assert_same(model, small, 3)
+    assert "head" not in small.compaction.left or "they are outputs" in small.compaction.left["head"]
+    assert "is not called in evaluation" in small.compaction.left["other"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_whole_way(dtype: torch.dtype) -> None:
+    """Learned noise, zeros, fine-tuning, digits, a smaller network; with layers of noise of ours, in half precision."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *[nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), vd.layers.Dropout2d(0.3), nn.Flatten()],
+        *[nn.Linear(8 * 36, 30), vd.layers.GaussianDropout(0.2), nn.PReLU(30), nn.Linear(30, 3)],
+    ).to(dtype)
+    vd.convert_(model, vd.SparseVariationalDropout(log_variance=-4.0))
+    x = torch.randn(4, 1, 8, 8, dtype=dtype)
+    vd.sparsify_(model, target_sparsity=0.97)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    with vd.finetune(model):
+        model(x).float().square().mean().backward()
+        optimizer.step()
+    rounded = vd.quantize_to_noise(model)
+    small = vd.compact(rounded, x)
+    assert small[-1].in_features < 30
+    assert parameters(small) < 0.6 * sum(p.numel() for p in model.state_dict().values()) / 2
+    torch.testing.assert_close(
+        small.eval()(x), rounded.eval()(x), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-3
+    )
+
+
 def test_inputs_that_the_model_does_not_take_are_refused() -> None:
     with pytest.raises(ValueError, match="example_input must be what the model takes, got one that it fails on"):
         vd.compact(mlp([4, 2]), torch.randn(2, 5))

@@ -267,6 +267,9 @@ def compact_part(
         why = why_left(rule.out) if isinstance(rule, Mix) else None
         if why:
             report.left[where] = why
+    for path in _unused(graph, modules):
+        where = f"{name}.{path}".strip(".")
+        report.left[where] = "is not called in evaluation; what calls it in training may find fewer channels"
     cut = [node for node in reader.flattens if not reader.facts[node].keep.all()]
     if not cut:
         return module
@@ -280,6 +283,20 @@ def compact_part(
     for node in fresh.nodes:
         node.type = None  # annotations that are strings do not pickle
     return fx.GraphModule(module, fresh, type(module).__name__)
+
+
+def _unused(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[str]:
+    """Modules with parameters that the graph has nothing of."""
+    used = {str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")}
+    used |= {target.rpartition(".")[0] for target in used}
+    called = {id(modules[path]) for path in used if path in modules}
+    return [
+        path
+        for path, module in modules.items()
+        if any(p is not None for p in module._parameters.values())
+        and id(module) not in called
+        and not any(path.startswith(f"{each}.") for each in used if each)
+    ]
 
 
 def _fixed_paths(graph: fx.Graph, modules: dict[str, nn.Module], fixed: dict[int, str]) -> dict[str, str]:

@@ -86,7 +86,7 @@ class Reader:
         try:
             rule = self._rule(node)
         except Unknown as reason:
-            what = "output of the network" if node.op == "output" else f"{self._shown(node)} {reason}"
+            what = "they are outputs of the network" if node.op == "output" else f"{self._shown(node)} {reason}"
             rule = Rule(node, [self.facts[each] for each in node.all_input_nodes if each in self.facts], what)
         self.rules.append(rule)
         if rule.out is not None:
@@ -131,7 +131,7 @@ class Reader:
             self._check_in_place(node, getattr(module, "inplace", False))
             return self._each(node, source, lambda value: _apply(module, value))
         if kind is nn.PReLU:
-            slope = module.weight.detach().double()
+            slope = module.weight.detach().double().cpu()
             return self._each(node, self._along(source, 1), lambda value: torch.where(value > 0, value, slope * value))
         if kind in _AVERAGES:
             self._check_positions(node, kind.__name__)
