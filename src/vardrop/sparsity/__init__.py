@@ -6,7 +6,8 @@ from vardrop.sparsity.compressed import CompressedSize, compressed_size, load_co
 from vardrop.sparsity.export import export_onnx, load_sparse, save_sparse
 from vardrop.sparsity.finetune import finetune
 from vardrop.sparsity.precision import quantize_to_noise, round_significant, significant_digits
-from vardrop.sparsity.sparsify import LayerSparsity, SparsityPoint, SparsityReport, sparsify_
+from vardrop.sparsity.search import SparsityPoint
+from vardrop.sparsity.sparsify import LayerSparsity, SparsityReport, sparsify_
 
 __all__ = [
     "CompactAttention",

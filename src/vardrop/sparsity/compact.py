@@ -9,16 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils import parametrize
 
 from vardrop.convert import restore_
-from vardrop.sparsity.attention import CompactAttention, compact_attention
+from vardrop.sparsity.attention import compact_attention
 from vardrop.sparsity.channels import Each, Mix, settle
-from vardrop.sparsity.rebuild import Select, replace, smaller, why_left
+from vardrop.sparsity.rebuild import replace, smaller, why_left
 from vardrop.sparsity.rules import Reader
 from vardrop.sparsity.same import check_same, multiply_adds
-
-Inputs = tuple[Any, ...]
+from vardrop.sparsity.tracing import Inputs, Shapes, Tracer, arguments, fixed_modules, fixed_paths, traced, unused
 
 
 @dataclass
@@ -101,7 +99,7 @@ def compact(model: nn.Module, example_input: Tensor | Sequence[Any], select_inpu
         ) from error
     small = copy.deepcopy(dense)
     report = Compaction()
-    reasons = _fixed(small)
+    reasons = fixed_modules(small)
     compact_attention(small, report.changed, report.left, reasons)
     small = _all_parts(small, inputs, report, reasons, select_inputs)
     check_same(dense, small, inputs)
@@ -128,51 +126,12 @@ def _copy_modes(model: nn.Module, small: nn.Module) -> None:
         module.training = modes[name]
 
 
-def _fixed(model: nn.Module) -> dict[int, str]:
-    """Modules that must stay as they are, by identity, and why."""
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(name)
-    reasons: dict[int, str] = {}
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            shared = [each for each in owners.get(id(parameter), []) if each != name]
-            if shared:
-                reasons[id(module)] = f"shares a parameter with {', '.join(shared)}"
-        if module._forward_hooks or module._forward_pre_hooks:
-            reasons[id(module)] = "has hooks, which may depend on its size"
-        if parametrize.is_parametrized(module):
-            reasons[id(module)] = "is parametrised"
-    return reasons
-
-
-class _Tracer(fx.Tracer):
-    """Modules of torch are leaves, and so are ours, and those that cannot be traced."""
-
-    def __init__(self, opaque: set[int]) -> None:
-        super().__init__()
-        self.opaque = opaque
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        ours = type(m).__module__.startswith("vardrop.layers") or isinstance(m, CompactAttention | Select)
-        return ours or id(m) in self.opaque or super().is_leaf_module(m, module_qualified_name)
-
-
-def _traced(module: nn.Module, opaque: set[int]) -> fx.Graph | None:
-    try:
-        return _Tracer(opaque).trace(module)
-    except Exception:  # code of any kind ran with symbols for tensors
-        return None
-
-
 def _all_parts(model: nn.Module, inputs: Inputs, report: Compaction, fixed: dict[int, str], select: bool) -> nn.Module:
     """Treat the model as a whole if its code can be traced, else its largest parts that can."""
     opaque: set[int] = set()
-    tracer = _Tracer(set())
+    tracer = Tracer(set())
     for name, module in reversed(list(model.named_modules())):  # children come before their parents
-        if list(module.children()) and not tracer.is_leaf_module(module, name) and _traced(module, opaque) is None:
+        if list(module.children()) and not tracer.is_leaf_module(module, name) and traced(module, opaque) is None:
             opaque.add(id(module))
             shown = name or type(module).__name__
             report.left[shown] = "its code cannot be traced by torch.fx; only what is inside of it was treated"
@@ -187,7 +146,7 @@ def _all_parts(model: nn.Module, inputs: Inputs, report: Compaction, fixed: dict
                 collect(f"{name}.{child_name}".lstrip("."), child)
 
     collect("", model)
-    calls = _arguments(model, inputs, [module for _, module in parts])
+    calls = arguments(model, inputs, [module for _, module in parts])
     for name, part in parts:
         given = calls[id(part)]
         if len(given) != 1:
@@ -201,34 +160,6 @@ def _all_parts(model: nn.Module, inputs: Inputs, report: Compaction, fixed: dict
     return model
 
 
-def _arguments(model: nn.Module, inputs: Inputs, parts: list[nn.Module]) -> dict[int, list[Inputs]]:
-    """What each part is called with when the model runs."""
-    calls: dict[int, list[Inputs]] = {id(part): [] for part in parts}
-
-    def note(module: nn.Module, args: Inputs, kwargs: dict[str, Any]) -> None:
-        calls[id(module)].append(args if not kwargs else ())
-
-    handles = [part.register_forward_pre_hook(note, with_kwargs=True) for part in parts]
-    try:
-        with torch.no_grad():
-            model(*inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
-
-
-class _Shapes(fx.Interpreter):
-    """Runs a graph and notes the shapes of its tensors."""
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        n.meta.pop("shape", None)
-        if isinstance(result, Tensor):
-            n.meta["shape"] = tuple(result.shape)
-        return result
-
-
 def compact_part(
     module: nn.Module,
     inputs: Inputs,
@@ -239,19 +170,19 @@ def compact_part(
     opaque: set[int] | None = None,
 ) -> nn.Module:
     """Compact one module whose code can be traced, in place; a graph module if its code has sizes in it."""
-    graph = _traced(module, opaque or set())
+    graph = traced(module, opaque or set())
     shown = name or type(module).__name__
     if graph is None:
         return module
     graph_module = fx.GraphModule(module, graph)
     try:
         with torch.no_grad():
-            _Shapes(graph_module).run(*inputs)
+            Shapes(graph_module).run(*inputs)
     except Exception as error:
         report.left[shown] = f"does not run as torch.fx traced it ({error})"
         return module
     modules = dict(module.named_modules(remove_duplicate=False))
-    reader = Reader(graph, modules, _fixed_paths(graph, modules, fixed))
+    reader = Reader(graph, modules, fixed_paths(graph, modules, fixed))
     settle(reader.rules, list(reader.facts.values()))
     for rule in reader.rules:
         if rule.node.op != "call_module" or not isinstance(rule, Mix | Each):
@@ -267,7 +198,7 @@ def compact_part(
         why = why_left(rule.out) if isinstance(rule, Mix) else None
         if why:
             report.left[where] = why
-    for path in _unused(graph, modules):
+    for path in unused(graph, modules):
         where = f"{name}.{path}".strip(".")
         report.left[where] = "is not called in evaluation; what calls it in training may find fewer channels"
     cut = [node for node in reader.flattens if not reader.facts[node].keep.all()]
@@ -283,38 +214,3 @@ def compact_part(
     for node in fresh.nodes:
         node.type = None  # annotations that are strings do not pickle
     return fx.GraphModule(module, fresh, type(module).__name__)
-
-
-def _unused(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[str]:
-    """Modules with parameters that the graph has nothing of."""
-    used = {str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")}
-    used |= {target.rpartition(".")[0] for target in used}
-    called = {id(modules[path]) for path in used if path in modules}
-    return [
-        path
-        for path, module in modules.items()
-        if any(p is not None for p in module._parameters.values())
-        and id(module) not in called
-        and not any(path.startswith(f"{each}.") for each in used if each)
-    ]
-
-
-def _fixed_paths(graph: fx.Graph, modules: dict[str, nn.Module], fixed: dict[int, str]) -> dict[str, str]:
-    """Path -> reason for modules whose weights must stay: called twice, or read by something else than their call."""
-    calls: dict[int, int] = {}
-    for node in graph.nodes:
-        if node.op == "call_module":
-            module = modules[str(node.target)]
-            calls[id(module)] = calls.get(id(module), 0) + 1
-    reasons = {}
-    for path, module in modules.items():
-        if id(module) in fixed:
-            reasons[path] = fixed[id(module)]
-        elif calls.get(id(module), 0) > 1 and next(module.parameters(), None) is not None:
-            reasons[path] = "is called more than once"
-    for node in graph.nodes:
-        if node.op == "get_attr":
-            owner = str(node.target).rpartition(".")[0]
-            if owner in modules and owner:
-                reasons[owner] = "has a parameter that is read elsewhere"
-    return reasons

@@ -1,0 +1,90 @@
+"""The facts of a graph while it is read, and the rules that many operations share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from vardrop.sparsity.channels import Blocks, Channels, Each, Rule
+
+
+class Unknown(Exception):  # noqa: N818 - it never leaves this package
+    """Why an operation couples all of its channels, in words."""
+
+
+def name_of(node: fx.Node) -> str:
+    """The operation of a function or method node."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+class Facts:
+    """What is known of the channels of the tensors of a graph so far.
+
+    Args:
+        modules: of the network, by path.
+        fixed: path -> reason, for modules that must stay as they are.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module], fixed: dict[str, str]) -> None:
+        self.modules, self.fixed = modules, fixed
+        self.facts: dict[fx.Node, Channels] = {}
+        self.flattens: list[fx.Node] = []  # whose sizes are numbers in the code
+
+    def channels(self, node: Any, dim: int) -> Channels:
+        """The facts of a tensor along an axis; nothing is known of one that is met first."""
+        if node not in self.facts:
+            self.facts[node] = Channels.variable(node, dim)
+            self.facts[node].pin("comes from outside, or from an operation that is not known")
+        if self.facts[node].dim != dim:
+            raise Unknown(f"works along axis {dim}, where the channels do not lie")
+        return self.facts[node]
+
+    def _counted(self, node: fx.Node, back: int) -> Channels:
+        """The facts of the input along an axis counted from the end."""
+        source: Any = node.args[0]
+        return self.channels(source, len(source.meta["shape"]) - back)
+
+    def _check_in_place(self, node: fx.Node, in_place: bool) -> None:
+        first = node.args[0]
+        if in_place and isinstance(first, fx.Node) and len(first.users) > 1:
+            raise Unknown("changes in place what is used elsewhere too")
+
+    def _check_positions(self, node: fx.Node, name: str) -> None:
+        """Pooling acts on the last axes: refuse it where these are the channels."""
+        source: Any = node.args[0]
+        if source in self.facts and ("pool" in name.lower() or name in ("Upsample", "interpolate")):
+            axes = len(source.meta["shape"])
+            first = axes - int(name[-2]) if name[-2].isdigit() else 2
+            if self.facts[source].dim >= first:
+                raise Unknown("works along the channels")
+
+    def _each(self, node: fx.Node, source: Any, function: Callable[[Tensor], Tensor], dim: int | None = None) -> Rule:
+        """One tensor in, its channels stay apart and constant."""
+        if source not in self.facts:
+            return Rule(node, [])
+        channels = self.facts[source]
+        with torch.no_grad():
+            value = function(channels.value.clone())
+        dim = channels.dim if dim is None else dim
+        if node.meta["shape"][dim] != channels.size:
+            raise Unknown("works along the channels")
+        constant = channels.constant & value.isfinite()
+        return Each(node, [channels], dim, constant, torch.where(constant, value, 0.0))
+
+    def _average(self, node: fx.Node, source: Any, padding: Any, counted: bool) -> Rule:
+        rule = self._each(node, source, lambda value: value)
+        if rule.out is not None and counted and is_padded(padding):
+            rule.out.constant &= rule.out.value == 0
+        return rule
+
+    def _flatten(self, node: fx.Node, source: Any) -> Rule:
+        return Blocks(node, [self.channels(source, 1)], 1, math.prod(source.meta["shape"][2:]))
+
+
+def is_padded(padding: Any) -> bool:
+    """Whether there is padding, as torch spells it."""
+    return padding == "same" or (any(padding) if isinstance(padding, list | tuple) else padding not in (0, "valid"))

@@ -1,0 +1,189 @@
+"""Functions and methods, by what they do to channels."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from vardrop.sparsity.channels import Blocks, Each, Rule
+from vardrop.sparsity.facts import Facts, Unknown, name_of
+
+# Functions and methods by name, for torch.relu, F.relu and x.relu() are one.
+_SAME_NAMES = set("dropout contiguous detach clone max_pool1d max_pool2d max_pool3d interpolate".split())
+_SAME_NAMES |= {f"adaptive_{kind}_pool{n}d" for kind in ("avg", "max") for n in (1, 2, 3)}
+_ELEMENTWISE = set(
+    "relu relu6 leaky_relu elu celu selu gelu silu mish softplus softsign tanh sigmoid logsigmoid hardtanh hardsigmoid "
+    "hardswish relu_ tanh_ sigmoid_ abs neg exp sqrt square sin cos clamp clip pow".split()
+)
+_JOINS: dict[str, Callable[[Any, Any], Any]] = {
+    "add": operator.add, "iadd": operator.add, "add_": operator.add, "sub": operator.sub, "isub": operator.sub,
+    "mul": operator.mul, "imul": operator.mul, "mul_": operator.mul, "truediv": operator.truediv,
+    "div": operator.truediv, "maximum": torch.maximum, "minimum": torch.minimum,
+}  # fmt: skip
+_IN_PLACE = {"iadd", "isub", "imul", "add_", "mul_", "relu_", "tanh_", "sigmoid_"}
+
+
+class FunctionRules(Facts):
+    """The rules of ``call_function`` and ``call_method`` nodes."""
+
+    def _function(self, node: fx.Node) -> Rule:
+        name, first = name_of(node), node.args[0] if node.args else None
+        if name == "getattr" or name in ("size", "dim"):
+            return self._size(node, name)
+        if "shape" not in node.meta:
+            if name == "getitem" and first not in self.facts:
+                return Rule(node, [])
+            raise Unknown("is not known here")
+        if not node.args:
+            raise Unknown("is not known here with other arguments than one tensor")
+        self._check_in_place(node, name in _IN_PLACE or bool(node.kwargs.get("inplace")))
+        if name in _JOINS:
+            return self._join(node, _JOINS[name])
+        others = [each for each in node.all_input_nodes if each is not first]
+        if name in ("transpose", "permute", "unsqueeze", "getitem"):
+            return self._rearrange(node, name)
+        if name in ("view", "reshape", "flatten"):
+            return self._view(node, name)
+        if name in ("cat", "concat", "concatenate"):
+            return self._cat(node)
+        if others:
+            raise Unknown("takes more than one tensor, in a way that is not known here")
+        self._check_positions(node, name)
+        if name in _SAME_NAMES and not node.kwargs.get("return_indices"):
+            return self._each(node, first, lambda value: value)
+        if name.startswith("avg_pool"):
+            given = dict(zip(("padding", "ceil_mode", "count_include_pad"), node.args[3:], strict=False)) | node.kwargs
+            return self._average(node, first, given.get("padding", 0), bool(given.get("count_include_pad", True)))
+        if name in _ELEMENTWISE:
+            return self._each(node, first, lambda value: _call(node, value))
+        if name in ("mean", "amax"):
+            return self._mean(node)
+        raise Unknown("is not known here")
+
+    def _size(self, node: fx.Node, name: str) -> Rule:
+        """A size that is asked for is none of our business, unless it is that of the channels."""
+        source = node.args[0]
+        if not isinstance(source, fx.Node) or source not in self.facts or name == "dim":
+            return Rule(node, [])
+        if name == "getattr" and node.args[1] not in ("shape", "device", "dtype", "ndim"):
+            raise Unknown("is not known here")
+        if name == "getattr" and node.args[1] != "shape":
+            return Rule(node, [])
+        axes, rank = len(source.meta["shape"]), self.facts[source].dim
+        asked = [node.args[1]] if len(node.args) > 1 and name == "size" else None
+        if asked is None:
+            asked = [user.args[1] if name_of(user) == "getitem" else None for user in node.users]
+        if any(not isinstance(axis, int) or axis % axes == rank for axis in asked):
+            raise Unknown("asks for the number of channels")
+        return Rule(node, [])
+
+    def _join(self, node: fx.Node, function: Callable[[Any, Any], Any]) -> Rule:
+        if len(node.args) != 2 or node.kwargs:
+            raise Unknown("has more than two arguments")
+        tensors = [each for each in node.args if isinstance(each, fx.Node)]
+        known = [each for each in tensors if each in self.facts]
+        if not known:
+            return Rule(node, [])
+        dim, shape = self.facts[known[0]].dim, node.meta["shape"]
+        shapes: list[Any] = [each.meta.get("shape", ()) for each in tensors]
+        others = [x for x in node.args if not isinstance(x, fx.Node | int | float)]
+        if others or any(len(each) != len(shape) or each[dim] != shape[dim] for each in shapes):
+            raise Unknown("joins something else than numbers and tensors of the same channels")
+        inputs = [self.channels(each, dim) for each in tensors]
+        values = [self.facts[each].value if isinstance(each, fx.Node) else each for each in node.args]
+        value = torch.as_tensor(function(*values))
+        constant = torch.stack([channels.constant for channels in inputs]).all(0)
+        if function is operator.mul:  # nothing times 0
+            constant |= torch.stack([channels.constant & (channels.value == 0) for channels in inputs]).any(0)
+        constant &= value.isfinite()
+        distinct = list({id(channels): channels for channels in inputs}.values())
+        return Each(node, distinct, dim, constant, torch.where(constant, value, 0.0))
+
+    def _cat(self, node: fx.Node) -> Rule:
+        tensors = node.args[0]
+        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
+        if not isinstance(tensors, list | tuple) or not isinstance(dim, int):
+            raise Unknown("is not known here")
+        dim %= len(node.meta["shape"])
+        known = [self.facts[each] for each in tensors if isinstance(each, fx.Node) and each in self.facts]
+        if known and known[0].dim != dim:  # along positions: channel by channel
+            inputs = [self.channels(each, known[0].dim) for each in tensors]
+            values, constants = (torch.stack([getattr(x, name) for x in inputs]) for name in ("value", "constant"))
+            constant = constants.all(0) & (values == values[0]).all(0)
+            distinct = list({id(channels): channels for channels in inputs}.values())
+            return Each(node, distinct, known[0].dim, constant, torch.where(constant, values[0], 0.0))
+        return Blocks(node, [self.channels(each, dim) for each in tensors], dim, 1)
+
+    def _view(self, node: fx.Node, name: str) -> Rule:
+        source: Any = node.args[0]
+        sizes: list[Any] = list(node.args[1:])
+        if name == "flatten":
+            given = dict(zip(("start_dim", "end_dim"), sizes, strict=False)) | node.kwargs
+            if given.get("start_dim", 0) != 1 or given.get("end_dim", -1) != -1:
+                raise Unknown("flattens other axes than those after the first")
+            return self._flatten(node, source)
+        if len(sizes) == 1 and isinstance(sizes[0], list | tuple):
+            sizes = list(sizes[0])
+        if len(sizes) != 2 or (isinstance(sizes[0], int) and sizes[0] != -1) or not isinstance(sizes[1], int):
+            raise Unknown("rearranges the channels")
+        shape: tuple[int, ...] = source.meta["shape"] if isinstance(source, fx.Node) and "shape" in source.meta else ()
+        if len(shape) < 2 or node.meta["shape"] != (shape[0], math.prod(shape[1:])):
+            raise Unknown("rearranges the channels")
+        rule = self._flatten(node, source)
+        if sizes[1] != -1:
+            self.flattens.append(node)
+        return rule
+
+    def _rearrange(self, node: fx.Node, name: str) -> Rule:
+        """Axes in another order, or more of them, of size 1."""
+        source: Any = node.args[0]
+        given: list[Any] = list(node.args[1:])
+        if source not in self.facts:
+            return Rule(node, [])
+        order: list[Any] = list(range(len(source.meta["shape"])))
+        if node.kwargs:
+            raise Unknown("is not known here")
+        if name == "transpose":
+            first, second = (axis % len(order) for axis in given)
+            order[first], order[second] = order[second], order[first]
+        elif name == "permute":
+            axes: Any = given[0] if isinstance(given[0], list | tuple) else given
+            order = [axis % len(order) for axis in axes]
+        elif name == "unsqueeze":
+            order.insert(given[0] % (len(order) + 1), None)
+        else:
+            index: Any = given[0] if isinstance(given[0], tuple) else (given[0],)
+            if any(each is not None and each != slice(None) for each in index):
+                raise Unknown("takes a part of the tensor")
+            rest = iter(order)
+            order = [None if each is None else next(rest) for each in index] + list(rest)
+        return self._each(node, source, lambda value: value, order.index(self.facts[source].dim))
+
+    def _mean(self, node: fx.Node) -> Rule:
+        """Over positions."""
+        source = node.args[0]
+        given: dict[str, Any] = dict(zip(("dim", "keepdim"), node.args[1:], strict=False)) | node.kwargs
+        dims = given.get("dim")
+        dims = [dims] if isinstance(dims, int) else dims
+        if not isinstance(source, fx.Node) or source not in self.facts:
+            return Rule(node, [])
+        if not isinstance(dims, list | tuple):
+            raise Unknown("takes all axes together")
+        axes, rank = len(source.meta["shape"]), self.facts[source].dim
+        gone = {axis % axes for axis in dims}
+        if rank in gone:
+            raise Unknown("is taken over the channels")
+        after = rank if given.get("keepdim") else rank - sum(axis < rank for axis in gone)
+        return self._each(node, source, lambda value: value, after)
+
+
+def _call(node: fx.Node, value: Tensor) -> Tensor:
+    arguments = (value, *node.args[1:])
+    if node.op == "call_method":
+        return getattr(value, str(node.target))(*node.args[1:], **node.kwargs)
+    return node.target(*arguments, **node.kwargs)  # type: ignore[operator]
