@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vardrop.gradient import gradients, in_training
+from vardrop.optional import needed
 from vardrop.weights.estimators import NAMES, estimator
 
 if TYPE_CHECKING:
@@ -72,9 +73,8 @@ class VarianceTerms:
 
     def to_pandas(self) -> pd.DataFrame:
         """The rows as a data frame; needs pandas."""
-        import pandas as pd
-
-        return pd.DataFrame([{**row._asdict(), "covariance_part": row.covariance_part} for row in self.rows])
+        pandas = needed("pandas", "VarianceTerms.to_pandas")
+        return pandas.DataFrame([{**row._asdict(), "covariance_part": row.covariance_part} for row in self.rows])
 
     def plot(self, replacement: bool = True) -> Figure:
         """Variance against M on two logarithmic axes, a panel for every parameter; needs matplotlib.
@@ -82,12 +82,11 @@ class VarianceTerms:
         Args:
             replacement: which way of drawing minibatches.
         """
-        from matplotlib.figure import Figure
-
         rows = [row for row in self.rows if row.replacement == replacement]
         parameters = list(dict.fromkeys(row.parameter for row in rows))
         names = list(dict.fromkeys(row.estimator for row in rows))
-        drawn = Figure(figsize=(1 + 3 * len(parameters), 3.2), layout="constrained")
+        figure = needed("matplotlib.figure", "VarianceTerms.plot").Figure
+        drawn: Figure = figure(figsize=(1 + 3 * len(parameters), 3.2), layout="constrained")
         for axes, parameter in zip(drawn.subplots(1, len(parameters), squeeze=False)[0], parameters, strict=True):
             for color, name in enumerate(names):
                 chosen = [row for row in rows if (row.parameter, row.estimator) == (parameter, name)]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from vardrop.uncertainty.optional import needed
+from vardrop.optional import needed
 
 if TYPE_CHECKING:
     import pandas as pd

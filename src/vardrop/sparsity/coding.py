@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vardrop.sparsity.optional import needed
+from vardrop.optional import needed
 
 LEVEL = 19  # of zstandard
 BY = "save_compressed"

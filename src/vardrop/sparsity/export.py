@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vardrop.optional import needed
 from vardrop.sparsity.compact import plain_copy
 from vardrop.sparsity.compressed import plain_state
-from vardrop.sparsity.optional import needed
 
 SPARSE = 0.5  # the part of a matrix that is zero from which on rows are kept sparse
 PARTS = ("crow", "col", "value")

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from vardrop.optional import needed
 from vardrop.uncertainty.inputs import checked_labels, checked_probabilities
-from vardrop.uncertainty.optional import needed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from vardrop.optional import needed
 from vardrop.uncertainty.inputs import exact
-from vardrop.uncertainty.optional import needed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vardrop.optional import needed
 from vardrop.uncertainty import inputs, risk
-from vardrop.uncertainty.optional import needed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

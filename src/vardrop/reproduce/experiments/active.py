@@ -169,6 +169,7 @@ def figure(results: list[Result], claims: list[Claim]) -> Figure:
     for target in results[0].config["targets"]:
         axes.axhline(100 * target, color="C3", linewidth=0.7, linestyle="--")
     axes.set(xlabel="labels", ylabel="test error, %", yscale="log")
+    axes.minorticks_off()
     axes.set_yticks([2, 5, 10, 20, 50], ["2", "5", "10", "20", "50"])
     axes.legend(fontsize="small")
     return drawn

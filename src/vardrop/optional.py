@@ -1,4 +1,4 @@
-"""Packages that only files need, imported when one is written or read."""
+"""Packages of the extras, imported when something asks for them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 
-def needed(module: str, by: str, extra: str) -> Any:
+def needed(module: str, by: str, extra: str = "uncertainty") -> Any:
     """A module of an optional package, or an error that says what to install."""
     try:
         return importlib.import_module(module)
