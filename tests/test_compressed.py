@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import vardrop as vd
-from vardrop.sparsity import coding, optional
+from vardrop import optional
+from vardrop.sparsity import coding
 from vardrop.sparsity.coding import decode, encode, gaps, places
 from vardrop.sparsity.compressed import plain_state
 
