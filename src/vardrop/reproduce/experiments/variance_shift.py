@@ -208,7 +208,8 @@ def figure(results: list[Result], claims: list[Claim]) -> Figure:
         errors.bar([i + offset for i in range(len(places))], heights, 0.4, yerr=spread, color=shade, label=label)
     errors.set_xticks(range(len(places)), [NAMES[row["place"]] for row in places], rotation=15, fontsize="small")
     errors.set(ylabel="test error, %")
-    errors.legend(fontsize="x-small")
+    errors.margins(y=0.3)
+    errors.legend(fontsize="x-small", loc="upper left")
     return drawn
 
 
