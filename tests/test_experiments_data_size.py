@@ -56,11 +56,8 @@ def test_a_file_that_is_no_text_is_refused(only, content, words):
 
 
 @pytest.mark.data
-def test_the_real_text():
-    try:
-        text = load_text("tinyshakespeare")
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
+def test_the_real_text(data_root):
+    text = load_text("tinyshakespeare", data_root)
     codes, alphabet = encode(text)
     assert (len(codes), len(alphabet)) == (1_115_394, 65)
     assert "".join(alphabet[i] for i in codes[:5000].tolist()) == text[:5000]
