@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import table
+from benchmarks.operators import importable_torchvision
 from benchmarks.timing import Row, interleaved, summarise
 from vardrop.layers import StochasticDepth, survival_rates
 from vardrop.layers.dropblock import drop_block
@@ -25,16 +26,9 @@ TOKENS, WIDTH = 49, 128
 
 
 def _timm() -> Any:
-    """timm's layers; torchvision, which it imports, misses operators on some CPU builds, and gets them declared."""
-    try:
-        return importlib.import_module("timm.layers")
-    except RuntimeError:  # operator torchvision::nms does not exist
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        timm = importlib.import_module("timm.layers")
-        timm._vardrop_keeps = library  # its definitions go when it does
-        return timm
+    """timm's layers."""
+    importable_torchvision()
+    return importlib.import_module("timm.layers")
 
 
 def _pass(function: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> Callable[[], None]:
