@@ -6,6 +6,7 @@ from vardrop.reproduce.experiments import (
     data_size,
     dropblock,
     droppath,
+    figure1a,
     glm,
     kl,
     ood,
@@ -29,6 +30,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         data_size.EXPERIMENT,
         uci.EXPERIMENT,
         variance_shift.EXPERIMENT,
+        figure1a.EXPERIMENT,
     )
 }
 
