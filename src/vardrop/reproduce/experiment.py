@@ -32,6 +32,8 @@ class Experiment:
         summarise: results -> further rows, computed from JSON when it is read, such as means over seeds.
         figure: results and the claims about them -> a figure.
         figure_only: values of the column ``table`` whose rows are for the figure, too many to print.
+        alone: whether its cells measure time, so that nothing may run beside them: True, or a function of a
+            configuration where only some do.
 
     Example:
         >>> two = Experiment(
@@ -51,6 +53,11 @@ class Experiment:
     summarise: Callable[[list[Result]], list[Row]] | None = None
     figure: Callable[[list[Result], list[Claim]], Figure] | None = None
     figure_only: tuple[str, ...] = ()
+    alone: bool | Callable[[Config], bool] = False
+
+    def runs_alone(self, config: Config) -> bool:
+        """Whether nothing may run beside the cell of a configuration."""
+        return self.alone(config) if callable(self.alone) else self.alone
 
     def at(self, scale: str) -> list[Cell]:
         """The cells at a scale.

@@ -84,4 +84,5 @@ EXPERIMENT = Experiment(
     summarise=summarise,
     figure=figure,
     figure_only=("curves",),
+    alone=lambda config: "rounds" in config,
 )

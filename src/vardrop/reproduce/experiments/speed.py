@@ -165,4 +165,5 @@ EXPERIMENT = Experiment(
     cells=cells,
     run_cell=run_cell,
     figure=figure,
+    alone=True,
 )
