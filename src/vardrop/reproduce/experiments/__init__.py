@@ -11,6 +11,8 @@ from vardrop.reproduce.experiments import (
     kl,
     ood,
     speed,
+    table1,
+    table1_correlated,
     uci,
     variance_scaling,
     variance_shift,
@@ -21,6 +23,8 @@ EXPERIMENTS: dict[str, Experiment] = {
     for experiment in (
         kl.EXPERIMENT,
         speed.EXPERIMENT,
+        table1.EXPERIMENT,
+        table1_correlated.EXPERIMENT,
         variance_scaling.EXPERIMENT,
         ood.EXPERIMENT,
         active.EXPERIMENT,
