@@ -7,8 +7,10 @@ from vardrop.reproduce.experiments import (
     dropblock,
     droppath,
     figure1a,
+    figure1b,
     glm,
     kl,
+    no_tuning,
     ood,
     speed,
     table1,
@@ -35,6 +37,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         uci.EXPERIMENT,
         variance_shift.EXPERIMENT,
         figure1a.EXPERIMENT,
+        figure1b.EXPERIMENT,
+        no_tuning.EXPERIMENT,
     )
 }
 
