@@ -26,6 +26,8 @@ REPOSITORY = Path(__file__).parents[1]
 
 
 def call(*arguments: object):
+    if arguments[0] == "run":  # in this process: cells can be counted, and their warnings are errors
+        arguments = (*arguments, "--jobs", 1)
     return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
 
 
@@ -100,7 +102,7 @@ def test_a_finished_cell_is_not_run_again(counter, tmp_path):
 
 def test_a_result_says_where_it_comes_from(counter, tmp_path):
     cell = EXPERIMENTS["count"].at("cpu")[2]
-    run.run_cell(EXPERIMENTS["count"], cell, tmp_path)
+    results.write(run.compute(EXPERIMENTS["count"], cell), cell.path(tmp_path))
     content = json.loads(cell.path(tmp_path).read_text())
     assert content["config"] == {"i": 2, "seed": 2}
     assert content["seed"] == 2
@@ -133,19 +135,17 @@ def test_the_key_depends_on_content_alone():
 CHILD = """
 import os, sys, time
 from pathlib import Path
-from vardrop.reproduce import run
 from vardrop.reproduce.experiment import Experiment
+from vardrop.reproduce.sweep import sweep
 
 def stuck(file):
     print("writing", flush=True)
     time.sleep(600)
 
-def finished(cell, result):
-    os.fsync = stuck  # the second cell is killed with its text written but not yet in place
-
 count = Experiment("count", "Squares.", lambda scale: [{"i": i, "seed": i} for i in range(3)],
                    lambda config: [{"i": config["i"], "square": config["i"] ** 2}])
-run.run_all({"count": count}, count.at("smoke"), Path(sys.argv[1]), finished)
+for outcome in sweep({"count": count}, count.at("smoke"), Path(sys.argv[1])):
+    os.fsync = stuck  # the second cell is killed with its text written but not yet in place
 """
 
 
@@ -162,7 +162,7 @@ def test_killed_while_writing_leaves_no_half_result_and_resumes(counter, tmp_pat
 
 def test_a_full_disk_is_one_error_and_loses_nothing(counter, tmp_path, monkeypatch):
     cell = EXPERIMENTS["count"].at("smoke")[0]
-    run.run_cell(EXPERIMENTS["count"], cell, tmp_path)
+    results.write(run.compute(EXPERIMENTS["count"], cell), cell.path(tmp_path))
     before = cell.path(tmp_path).read_text()
 
     def full(file):
@@ -205,7 +205,7 @@ def test_equal_cells_are_refused():
         twice.at("cpu")
 
 
-def test_a_failing_cell_is_named_and_earlier_ones_are_kept(counter, tmp_path, monkeypatch):
+def test_a_failing_cell_is_named_and_the_others_are_finished(counter, tmp_path, monkeypatch):
     def fails(config):
         if config["i"] == 1:
             raise ValueError("vardrop.data: it must be there, got nothing; get it")
@@ -216,7 +216,8 @@ def test_a_failing_cell_is_named_and_earlier_ones_are_kept(counter, tmp_path, mo
     assert failed.exit_code == 2
     assert "vardrop.data: it must be there" in failed.output
     assert "in experiment 'count' at scale cpu, configuration {'i': 1, 'seed': 1}" in failed.output
-    assert [result.config["i"] for result in results.read_all(tmp_path)] == [0]
+    assert "1 of 3 cells failed, the others are finished" in failed.output
+    assert sorted(result.config["i"] for result in results.read_all(tmp_path)) == [0, 2]
 
 
 def test_a_missing_package_is_one_error(counter, tmp_path, monkeypatch):
@@ -231,8 +232,11 @@ def test_a_missing_package_is_one_error(counter, tmp_path, monkeypatch):
 
 def test_a_bug_keeps_its_traceback(counter, tmp_path, monkeypatch):
     monkeypatch.setitem(EXPERIMENTS, "count", counter.experiment(run_cell=lambda config: [{"x": int("one")}]))
-    with pytest.raises(ValueError, match="invalid literal"):
-        call("run", "count", "--scale", "cpu", "--results", tmp_path)
+    failed = call("run", "count", "--scale", "cpu", "--results", tmp_path)
+    assert failed.exit_code == 1
+    assert failed.output.count("Traceback") == 1, "one error of three cells is told once"
+    assert "ValueError: invalid literal for int() with base 10: 'one'" in failed.output
+    assert failed.output.count("in experiment 'count' at scale cpu, configuration") == 3
 
 
 def test_list_counts_finished_cells(counter, tmp_path):

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from vardrop.reproduce import check as checking
@@ -17,8 +16,13 @@ from vardrop.reproduce import claims as claiming
 from vardrop.reproduce import report as reporting
 from vardrop.reproduce import results as reading
 from vardrop.reproduce import run as running
-from vardrop.reproduce.experiment import SCALES, Cell
+from vardrop.reproduce.engines import LOCAL
+from vardrop.reproduce.experiment import SCALES
 from vardrop.reproduce.experiments import EXPERIMENTS, chosen
+from vardrop.reproduce.failures import in_one_line, listed
+from vardrop.reproduce.progress import Display, Tally
+from vardrop.reproduce.sweep import plan as planned
+from vardrop.reproduce.sweep import sweep
 
 app = typer.Typer(help="Run published results again and compare.", no_args_is_help=True, add_completion=False)
 _Results = Annotated[Path, typer.Option("--results", help="Where the results are kept.")]
@@ -31,19 +35,11 @@ def _plainly(command: Callable[..., None]) -> Callable[..., None]:
     def guarded(*arguments: Any, **options: Any) -> None:
         try:
             command(*arguments, **options)
-        except (ValueError, TypeError, OSError) as error:
-            if not str(error).startswith("vardrop."):
+        except Exception as error:
+            line = in_one_line(error)
+            if line is None:
                 raise
-            typer.echo(f"error: {error}", err=True)
-            for note in getattr(error, "__notes__", []):
-                typer.echo(f"  {note}", err=True)
-            raise typer.Exit(2) from error
-        except ModuleNotFoundError as error:
-            typer.echo(
-                f"error: vardrop.reproduce: this needs {error.name}, which is not installed; "
-                "pip install 'vardrop[reproduce]'",
-                err=True,
-            )
+            typer.echo(f"error: {line}", err=True)
             raise typer.Exit(2) from error
 
     return guarded
@@ -70,23 +66,48 @@ def run(
     scale: Annotated[str, typer.Option(help="smoke, cpu or gpu.")] = "cpu",
     results: _Results = Path("results"),
     again: Annotated[bool, typer.Option("--again", help="Run finished cells again.")] = False,
+    jobs: Annotated[
+        int | None, typer.Option(help="Cells at once: as many as there are cores (GPUs) if left out. 1: one by one.")
+    ] = None,
+    backend: Annotated[
+        str, typer.Option(help="What runs them: loky (processes of this machine), dask, ray, or another of joblib's.")
+    ] = LOCAL,
 ) -> None:
-    """Run the cells of an experiment that have no result yet."""
-    todo, done = running.pending(chosen(name), scale, results, damaged_ok=again)
+    """Run the cells of an experiment that have no result yet, several at once.
+
+    Killed or stopped, the same command goes on with the cells that are left. Cells that measure time run by themselves,
+    before the others.
+    """
+    experiments = chosen(name)
+    todo, done = running.pending(experiments, scale, results, damaged_ok=again)
+    plan = planned(experiments, scale, jobs, backend)
     if again:
         todo, done = todo + done, []
     console = Console(stderr=True)
     if done:
         console.print(f"{len(done)} cells are finished already")
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console) as progress:
-        bar = progress.add_task(name, total=len(todo))
-
-        def report(cell: Cell, result: reading.Result) -> None:
-            progress.console.print(f"{cell.experiment}: {result.seconds:.1f} s, {cell.path(results)}", highlight=False)
-            progress.advance(bar)
-
-        running.run_all(EXPERIMENTS, todo, results, report)
+    tally = Tally(EXPERIMENTS, todo, [reading.read(cell.path(results)) for cell in done], plan)
+    failed = []
+    try:
+        with Display(name, tally, results, console) as display:
+            for outcome in sweep(EXPERIMENTS, todo, results, plan):
+                display.show(outcome)
+                if outcome.failure is not None:
+                    failed.append((outcome.cell, outcome.failure))
+    except KeyboardInterrupt:
+        count = tally.done - tally.failed + len(done)
+        typer.echo(
+            f"stopped: {count} of {len(todo) + len(done)} cells are finished and kept; "
+            "the same command goes on with the others",
+            err=True,
+        )
+        raise typer.Exit(130) from None
+    finally:
+        if failed:
+            typer.echo(listed(failed), err=True)
+    if failed:
+        typer.echo(f"{len(failed)} of {len(todo)} cells failed, the others are finished", err=True)
+        raise typer.Exit(2 if all(failure.ours for _, failure in failed) else 1)
 
 
 @app.command()

@@ -1,11 +1,11 @@
-"""Run the cells of experiments and keep one JSON file for each."""
+"""Run a cell, and say what it was computed with."""
 
 from __future__ import annotations
 
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
@@ -43,24 +43,19 @@ def pending(
     return todo, done
 
 
-def run_cell(experiment: Experiment, cell: Cell, root: Path) -> results.Result:
-    """Run one cell and write its result.
+def compute(experiment: Experiment, cell: Cell) -> results.Result:
+    """Run one cell.
 
     Raises:
         ValueError: at scale gpu on a machine without one.
-        OSError: if the result cannot be written.
     """
     if cell.scale == "gpu" and not torch.cuda.is_available():
         raise ValueError(
             "vardrop.reproduce: scale gpu must have a CUDA device, got a machine without one; use --scale cpu"
         )
     start = time.perf_counter()
-    try:
-        rows = experiment.run_cell(cell.config)
-    except Exception as error:
-        error.add_note(f"in experiment {cell.experiment!r} at scale {cell.scale}, configuration {cell.config}")
-        raise
-    result = results.Result(
+    rows = experiment.run_cell(cell.config)
+    return results.Result(
         experiment=cell.experiment,
         scale=cell.scale,
         config=cell.config,
@@ -72,19 +67,6 @@ def run_cell(experiment: Experiment, cell: Cell, root: Path) -> results.Result:
         seconds=round(time.perf_counter() - start, 3),
         rows=rows,
     )
-    results.write(result, cell.path(root))
-    return result
-
-
-def run_all(
-    experiments: dict[str, Experiment],
-    cells: Iterable[Cell],
-    root: Path,
-    finished: Callable[[Cell, results.Result], None] = lambda cell, result: None,
-) -> None:
-    """Run cells one after the other; every one that ends is on disk before the next begins."""
-    for cell in cells:
-        finished(cell, run_cell(experiments[cell.experiment], cell, root))
 
 
 def versions() -> dict[str, str]:
