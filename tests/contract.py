@@ -182,6 +182,9 @@ POSTERIORS: dict[str, Posterior] = {
     "gaussian-b": vd.GaussianDropout(type="B", rate=0.3),
     "mean-field": vd.GaussianPosterior(std=0.3),
     "sparse": vd.SparseVariationalDropout(log_variance=-2.0),
+    "sparse-layer": vd.SparseVariationalDropout(log_variance=-2.0, sharing="layer"),
+    "sparse-input": vd.SparseVariationalDropout(log_variance=-2.0, sharing="neuron", unit="input"),
+    "sparse-output": vd.SparseVariationalDropout(log_variance=-2.0, sharing="neuron", unit="output"),
 }
 
 
@@ -221,7 +224,15 @@ class Truth:
 
 def truth_of(layer: Layer, module: nn.Module, posterior: str, parameters: dict[str, Tensor]) -> Truth:
     config, theta = POSTERIORS[posterior], parameters["weight"]
-    if isinstance(config, vd.GaussianPosterior | vd.SparseVariationalDropout):
+    if isinstance(config, vd.SparseVariationalDropout) and config.sharing != "weight":
+        log_variance, unit = parameters["weight_log_variance"], torch.zeros(theta.shape, dtype=torch.long)
+        if config.sharing == "neuron":
+            unit = unit_of(layer, layer.plain(), config.unit)
+        groups = [unit == i for i in range(int(unit.max()) + 1)]
+        squares = torch.stack([theta[group].square().mean() for group in groups])
+        alpha = (log_variance.exp() / squares).clamp(math.exp(-8), math.exp(8))
+        std = alpha[unit].sqrt() * theta.abs()
+    elif isinstance(config, vd.GaussianPosterior | vd.SparseVariationalDropout):
         std = (0.5 * parameters["weight_log_variance"]).exp()
         if isinstance(config, vd.SparseVariationalDropout):  # |log alpha| <= 8
             std = std.clamp(theta.abs() * math.exp(-4), theta.abs() * math.exp(4))

@@ -169,6 +169,25 @@ def test_sparse_variance_is_that_of_the_clipped_log_alpha() -> None:
     assert all(p.grad.isfinite().all() for p in layer.parameters())
 
 
+@pytest.mark.parametrize("value", [-30.0, -3.0, 30.0], ids=["below the clip", "inside", "above the clip"])
+def test_gradients_of_sparse_variance_and_divergence(value: float) -> None:
+    """The functions with gradients by hand against plain autograd of the formula, clipped and not."""
+    theta = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    noise = torch.full((4, 3), value, dtype=torch.float64, requires_grad=True)
+    layer = nn.Linear(3, 4).double()
+    vd.convert_(layer, vd.SparseVariationalDropout(log_variance=value))
+    with torch.no_grad():
+        layer._parameters["weight"].copy_(theta)
+    log_alpha = (noise - theta.square().log()).clamp(-8, 8)
+    weights = torch.rand(4, 3, dtype=torch.float64)
+    naive = (weights * log_alpha.exp() * theta.square()).sum() + vd.kl.log_uniform(log_alpha).sum()
+    ours = (weights * layer.weight.variance).sum() + vd.kl_divergence(layer)
+    torch.testing.assert_close(ours, naive)
+    expected = torch.autograd.grad(naive, [theta, noise])
+    found = torch.autograd.grad(ours, [layer._parameters["weight"], layer.weight_log_variance])
+    torch.testing.assert_close(found, expected)
+
+
 def test_variance_of_a_zero_weight() -> None:
     """Relative noise on nothing is nothing, and no gradient is lost to a logarithm."""
     for config in (vd.VariationalDropout(type="B", sharing="weight"), vd.GaussianPosterior(prior="log_uniform")):
@@ -247,6 +266,8 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (vd.SparseVariationalDropout, {"log_variance": math.nan}, "log_variance must be finite, got nan"),
     (vd.SparseVariationalDropout, {"clip": 0.0}, "clip must be above 0 and at most 40, got 0.0"),
     (vd.SparseVariationalDropout, {"clip": 41.0}, "clip must be above 0 and at most 40, got 41.0"),
+    (vd.SparseVariationalDropout, {"sharing": "row"}, "sharing must be one of layer, neuron, weight, got 'row'"),
+    (vd.SparseVariationalDropout, {"unit": "row"}, "unit must be 'input' or 'output', got 'row'"),
     (
         vd.SparseVariationalDropout,
         {"prior": "gaussian"},

@@ -21,11 +21,12 @@ from vardrop.sparsity.sparsify import sparsify_
 from vardrop.uncertainty.acquisition import acquire
 from vardrop.uncertainty.selection import select
 from vardrop.variance import VarianceTerms, variance_terms
-from vardrop.weights.additive import GaussianPosterior, SparseVariationalDropout
+from vardrop.weights.additive import GaussianPosterior
 from vardrop.weights.estimators import estimator
 from vardrop.weights.modules import register_layer
 from vardrop.weights.multiplicative import GaussianDropout, VariationalDropout
 from vardrop.weights.random_weight import RandomWeight
+from vardrop.weights.sparse import SparseVariationalDropout
 
 __version__ = "0.1.0"
 __all__ = [

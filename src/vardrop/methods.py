@@ -10,9 +10,10 @@ from torch import nn
 
 from vardrop.convert import Report, Where, convert_
 from vardrop.models import Dropout, build
-from vardrop.weights.additive import GaussianPosterior, SparseVariationalDropout
+from vardrop.weights.additive import GaussianPosterior
 from vardrop.weights.multiplicative import GaussianDropout, VariationalDropout
 from vardrop.weights.posteriors import Posterior
+from vardrop.weights.sparse import SparseVariationalDropout
 
 RATES: Dropout = (0.2, 0.5)  # of the input and of hidden units: Kingma et al. 2015, section 5
 _SHARING = "neuron"  # of type B too, so that A and B learn the same number of rates

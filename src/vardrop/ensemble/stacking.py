@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.func import stack_module_state
 
 from vardrop.rates import Rated
-from vardrop.weights.additive import GaussianPosterior, SparseVariationalDropout
+from vardrop.weights.additive import GaussianPosterior
 from vardrop.weights.geometry import Geometry
 from vardrop.weights.modules import RandomWeights
 from vardrop.weights.multiplicative import _Multiplicative
 from vardrop.weights.posteriors import Posterior
 from vardrop.weights.random_weight import RandomWeight
+from vardrop.weights.sparse import SparseVariationalDropout
 
 _ADDITIVE = (GaussianPosterior, SparseVariationalDropout)
 _RESETS = ("reset_parameters", "_reset_parameters")  # the second is MultiheadAttention's and Transformer's

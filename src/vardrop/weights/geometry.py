@@ -52,3 +52,16 @@ class Geometry:
         if values.numel() == 1:
             return values.view([1] * len(self.shape))
         return spread(values, self.shape, self.axis(unit), self.groups)
+
+    def mean(self, values: Tensor, unit: str, count: int) -> Tensor:
+        """Means of the weight's entries over the layer (``count`` is 1) or over each of its ``count`` units."""
+        if count == 1:
+            return values.mean().view(1)
+        axis = self.axis(unit)
+        blocks = self.groups if axis == 1 else 1
+        by_unit = values.movedim(axis, 0).flatten(1) if blocks == 1 else self._blocks(values, blocks)
+        return by_unit.mean(1)
+
+    def _blocks(self, values: Tensor, blocks: int) -> Tensor:
+        """[groups * inputs of a group, the rest] of a grouped convolution's weight, [out, inputs of a group, ...]."""
+        return values.unflatten(0, (blocks, -1)).movedim(2, 1).flatten(0, 1).flatten(1)
