@@ -1,13 +1,8 @@
 """The noise of minibatch gradients around the full-batch gradient, for the layers at both ends of a trained network.
 
-A weight sample for every data point is slow, but its variance follows exactly from the local trick's. Given the
-pre-activations b, everything above them is the same under both, and the gradient of a layer with weight samples has the
-local gradient as its mean (appendix D). So the variances differ by the mean of the conditional variance given b, which
-is known: for type B with w = θ(1 + √α ε), ε given b has variance 1 − c² with c² = αθ²a² / δ, and
-
-    Var[g_θ, per example] = Var[g_θ, local] + E[(∂L/∂b)² a² α (1 − c²)] / M.
-
-For type A the local trick is a sample of the factors for every data point, and there is no difference.
+A weight sample for every data point takes as long as M minibatches of one, and that is all it is: the examples of a
+minibatch are independent, so the variance is Var[g_i] / M with g_i the gradient of one example and one weight sample
+(eq. 5 with Cov = 0). Its mean is known from the local trick, whose gradient has the same mean, so only E[g_i²] is left.
 """
 
 from __future__ import annotations
@@ -106,49 +101,43 @@ def moments(
     return {key: (v, mean) for key, v, mean in zip(named, found.variances, found.mean, strict=True)}
 
 
-def added_per_example(
-    network: nn.Module, data: Pair, size: int, repeats: int, generator: torch.Generator
-) -> dict[Key, float]:
-    """What a weight sample for every data point adds to the local trick's variance (type B), for both ends.
+def single_moments(network: nn.Module, data: Pair, examples: int, generator: torch.Generator) -> dict[Key, float]:
+    """E[g_i²] for the gradient of one example's loss under one weight sample, averaged over entries, for both ends.
 
-    Exact but for the draws that the mean over data and pre-activations is taken from; mean over entries, as in
-    :func:`moments`. For log α it is that of a rate of every weight, left out where rates are shared.
+    Examples with large gradients are few in a trained network and make most of it. They are drawn more often: three in
+    four draws with a probability proportional to the squared gradient at the outputs, one in four uniformly. Each
+    counts in inverse proportion to its probability, so the mean is that over the data.
+
+    Args:
+        network: trained, with random weights.
+        data: the training set.
+        examples: how many to draw.
+        generator: of the examples; the noise comes from torch's default one.
     """
-    where = ends(network)
-    layers = {layer: network.get_submodule(name) for layer, name in where._asdict().items()}
-    alphas = {layer: vd.dropout_rates(module, as_="alpha")["weight"] for layer, module in layers.items()}
-    weights = {layer: dict(module.named_parameters())["weight"].detach() for layer, module in layers.items()}
-    variances = {layer: alphas[layer] * weights[layer].square() for layer in layers}
-    sums = {layer: weight.new_zeros(2, *weight.shape, dtype=torch.float64) for layer, weight in weights.items()}
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-    hooks = [
-        module.register_forward_hook(lambda _, args, out, layer=layer: seen.__setitem__(layer, (args[0].detach(), out)))
-        for layer, module in layers.items()
-    ]
-    count = 0
-    try:
-        with in_training(network), vd.estimator("local"):
-            for _ in range(repeats):
-                for x, y in minibatches(data, size, generator):
-                    loss = F.cross_entropy(network(x), y, reduction="sum")
-                    gradients = torch.autograd.grad(loss, [seen[layer][1] for layer in layers])
-                    count += len(x)
-                    for layer, gradient in zip(layers, gradients, strict=True):
-                        a, g = seen[layer][0].square(), gradient.square()
-                        delta = a @ variances[layer].t()
-                        over_delta = torch.where(delta > 0, g / delta, 0.0)
-                        sums[layer][0].add_(g.t() @ a)
-                        sums[layer][1].add_(over_delta.t() @ a.square())
-    finally:
-        for hook in hooks:
-            hook.remove()
-    found = {}
-    for layer, (first, second) in sums.items():
-        left = (first - variances[layer] * second) / count / size  # E[(∂L/∂b)² a² (1 − c²)] / M
-        found[layer, "theta"] = (alphas[layer] * left).mean().item()
-        if alphas[layer].shape == left.shape:
-            found[layer, "log alpha"] = (variances[layer] * left).mean().item() / 4
-    return found
+    x, y = data
+    named = parameters_at(network, ends(network))
+    total = dict.fromkeys(named, 0.0)
+    with in_training(network):
+        chances = 0.25 / len(x) + 0.75 * _output_gradients(network, data)
+        for row in torch.multinomial(chances.cpu(), examples, replacement=True, generator=generator).tolist():
+            with vd.estimator("per_example"):
+                loss = F.cross_entropy(network(x[row : row + 1]), y[row : row + 1])
+            weight = 1 / (len(x) * chances[row].item() * examples)
+            for key, gradient in zip(named, torch.autograd.grad(loss, list(named.values())), strict=True):
+                total[key] += weight * gradient.square().mean().item()
+    return total
+
+
+@torch.no_grad()
+def _output_gradients(network: nn.Module, data: Pair) -> Tensor:
+    """For every example the squared gradient of the loss at the outputs, from one local draw; together they are 1."""
+    x, y = data
+    parts = []
+    for inputs, labels in zip(x.split(1000), y.split(1000), strict=True):
+        outputs = network(inputs)
+        parts.append((outputs.softmax(1) - F.one_hot(labels, outputs.shape[1])).square().sum(1))
+    squares = torch.cat(parts).double()
+    return squares / squares.sum()
 
 
 def test_error(network: nn.Module, data: Pair) -> float:

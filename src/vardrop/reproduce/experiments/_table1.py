@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import vardrop as vd
 from vardrop.data import Data, load
@@ -39,7 +39,7 @@ Column = tuple[str, int]  # layer and epochs
 def run_cell(config: Config) -> list[Row]:
     """Train one network; at every mark, the variances of both ends under every estimator, for N times the mean loss."""
     data = load(config["data"])
-    device, size = config["device"], config["M"]
+    device = config["device"]
     train = data.train_x.to(device), data.train_y.to(device)
     test = data.test_x.to(device), data.test_y.to(device)
     scale = len(train[0]) ** 2
@@ -55,36 +55,40 @@ def run_cell(config: Config) -> list[Row]:
         for epochs, weights, trained in stops:
             error = measure.test_error(trained, test)
             with torch.random.fork_rng(devices):  # what is measured must not change what is trained after it
-                found, added = _measured(unbounded(trained, config, data), train, config)
-            for key, (variance, mean) in found["local"].items():
-                if key not in added:
-                    continue
-                shift = (mean - found["none"][key][1]).square().mean().item()
-                noise = variance / (config["repeats"] * (len(train[0]) // size))
-                rows.append({
-                    "table": "variances", "layer": key[0], "gradient": key[1], "epochs": epochs, "weights": weights,
-                    "none": scale * found["none"][key][0], "local": scale * variance,
-                    "per_example": scale * (variance + added[key]),
-                    "per_minibatch": scale * found["per_minibatch"][key][0],
-                    "squared_shift": scale * max(shift - noise, 0.0), "M": size, "minibatches": len(train[0]) // size,
-                    "test_error": error, **{name: config[name] for name in ("model", "sharing", "batch", "seed")},
-                })  # fmt: skip
+                measured = variances(unbounded(trained, config, data), train, config)
+            rows += [
+                {"table": "variances", "layer": layer, "gradient": gradient, "epochs": epochs, "weights": weights,
+                 **{name: scale * value for name, value in found.items()}, "M": config["M"],
+                 "minibatches": len(train[0]) // config["M"], "test_error": error,
+                 **{name: config[name] for name in ("model", "sharing", "batch", "seed")}}
+                for (layer, gradient), found in measured.items()
+            ]  # fmt: skip
     return rows
 
 
-def _measured(
-    model: nn.Module, train: measure.Pair, config: Config
-) -> tuple[dict[str, dict[measure.Key, tuple[float, Tensor]]], dict[measure.Key, float]]:
-    """The moments of the gradients of all estimators but one, and what that one, per_example, adds to local's."""
+def variances(model: nn.Module, train: measure.Pair, config: Config) -> dict[measure.Key, dict[str, float]]:
+    """The variance under every estimator, and how far the noisy gradients' mean is from the gradient without noise."""
     size, repeats = config["M"], config["repeats"]
     generator = torch.Generator().manual_seed(config["seed"])
-    found = {
-        name: measure.moments(model, train, name, size, 1 if name == "none" else repeats, generator)
+    local, one, none = (
+        measure.moments(model, train, name, size, 1 if name == "none" else repeats, generator)
         for name in ("local", "per_minibatch", "none")
-    }
+    )
+    singles = {}
     if config["method"] == "vd-b":
-        return found, measure.added_per_example(model, train, size, 1, generator)
-    return found, dict.fromkeys(found["local"], 0.0)  # type A: the local trick is a sample for every data point
+        singles = measure.single_moments(model, train, config["singles"], generator)
+    found = {}
+    for key, (variance, mean) in local.items():
+        noise = variance / (repeats * (len(train[0]) // size))  # of the mean itself
+        squared_mean = mean.square().mean().item() - noise
+        shift = (mean - none[key][1]).square().mean().item() - noise
+        # type A: the local trick is a sample for every data point
+        per_example = (singles[key] - squared_mean) / size if singles else variance
+        found[key] = {
+            "none": none[key][0], "local": variance, "per_example": per_example, "per_minibatch": one[key][0],
+            "squared_shift": max(shift, 0.0),
+        }  # fmt: skip
+    return found
 
 
 def unbounded(trained: nn.Module, config: Config, data: Data) -> nn.Module:
