@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import vardrop as vd
-from vardrop.methods import prepare
-from vardrop.reproduce.experiments import _figure1, _training, figure1a, figure1b
+from vardrop.methods import METHODS, prepare
+from vardrop.reproduce.experiments import _figure1, _figure1_summary, _training, figure1a, figure1b
 from vardrop.reproduce.results import Result
 from vardrop.training import Config, loop, train
 from vardrop.training.evaluation import evaluate
@@ -62,7 +62,7 @@ def test_without_noise_and_average_it_is_adam() -> None:
 @pytest.mark.parametrize("method", ["none", "gaussian-b", "vd-a2"])
 def test_it_ends_where_the_command_line_ends(method: str, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(loop, "seed_noise", lambda seed, rank: torch.manual_seed(seed))  # the same noise
-    sharing = _figure1.default_sharing(method)
+    sharing = METHODS[method].default_sharing
     config = {"data": "digits", "validation": 200, "epochs": 4, "batch": 64, "lr": 0.01, "average": 0.9,
               "device": "cpu", "method": method, "sharing": sharing, "width": 12}  # fmt: skip
     row = _figure1.network(config, 3, "mlp:3x12", "width", figure1a.LAYERS)
@@ -132,14 +132,31 @@ def test_rates_are_means_of_layers() -> None:
 def test_cells_are_the_seven_methods_at_every_size() -> None:
     for experiment, size, sizes in ((figure1a, "width", [100, 340, 580]), (figure1b, "k", [0.25, 0.5, 1.0])):
         cells = experiment.cells("cpu")
-        compared = [c for c in cells if (c["method"], c["sharing"]) in _figure1.COMPARED]
+        compared = [c for c in cells if _figure1.is_compared(c)]
         for at in sizes:
             here = [c for c in compared if c[size] == at]
-            assert {c["method"] for c in here} == set(_figure1.NAMES)
+            assert {c["method"] for c in here} == set(_figure1_summary.NAMES)
             assert len(here) == 7 * (2 if at == 1.0 else 3)
     assert {c["width"] for c in figure1a.cells("gpu")} == set(figure1a.WIDTHS)
-    ablation = {(c["method"], c["sharing"]) for c in figure1a.cells("cpu")} - set(_figure1.COMPARED)
-    assert ablation == set(figure1a.ABLATION)
+    others = [c for c in figure1a.cells("cpu") if not _figure1.is_compared(c)]
+    assert {(c["method"], c["sharing"]) for c in others if "reading" not in c} == set(figure1a.ABLATION)
+    assert {c["reading"] for c in others if "reading" in c} == set(_figure1.READINGS)
+
+
+def test_readings_of_the_divergence_count_what_they_say() -> None:
+    def weighed(**config: str) -> float:
+        torch.manual_seed(0)
+        model, scale = _figure1.prepared({"method": "vd-b", "sharing": "neuron", **config}, "mlp:1x6", (4,), 3)
+        return scale * vd.kl_divergence(model).item()
+
+    def one(rate: float) -> float:  # of one random scalar
+        layer = nn.Linear(1, 1)
+        vd.convert_(layer, vd.VariationalDropout(type="B", rate=rate))
+        return vd.kl_divergence(layer).item()
+
+    assert weighed() == pytest.approx(6 * 4 * one(0.2) + 3 * 6 * one(0.5), rel=1e-5)
+    assert weighed(reading="a third") == pytest.approx(weighed() / 3, rel=1e-5)
+    assert weighed(reading="once per rate") == pytest.approx(4 * one(0.2) + 6 * one(0.5), rel=1e-5)
 
 
 def test_a_cell_leaves_the_generator_and_has_a_row_for_every_seed() -> None:
@@ -180,7 +197,11 @@ def planted() -> list[Result]:
         error = ERRORS[config["method"]][at] + SPREAD * (config["seed"] - 1)
         row = {"table": "networks", **{k: config[k] for k in ("method", "sharing", "width", "seed")}}
         row |= dict.fromkeys(("test_nll", "validation_error", "train_error", "best_epoch"), 1.0)
-        row["test_error"] = error if (config["method"], config["sharing"]) in _figure1.COMPARED else 50.0
+        row["test_error"] = error if _figure1.is_compared(config) else 50.0
+        if config["width"] == 340:  # the first results have no such column
+            row["reading"] = config.get("reading")
+        elif "reading" in config:
+            row["reading"] = config["reading"]
         for i, layer in enumerate(figure1a.LAYERS):
             row[f"rate_{layer}"] = 0.1 * (i + at) if config["sharing"] else None
             row[f"at_bound_{layer}"] = 0.0 if config["sharing"] else None
@@ -189,7 +210,7 @@ def planted() -> list[Result]:
 
 
 def test_answers_are_those_of_the_planted_errors() -> None:
-    rows = _figure1.summarise(planted(), "width")
+    rows = _figure1_summary.summarise(planted(), "width")
     answers = {row["question"]: row["value"] for row in rows if row["table"] == "answers"}
     error = SPREAD * (2 / 3) ** 0.5  # every method has the same spread
     assert answers["vd-a less gaussian-a: largest excess"] == pytest.approx(-0.1 / error)
@@ -203,26 +224,26 @@ def test_answers_are_those_of_the_planted_errors() -> None:
     assert answers[rise] == pytest.approx(0.2)
     assert answers["vd-a2 less the best other dropout: largest excess"] == pytest.approx(-0.1 / error)
     means = [row for row in rows if row["table"] == "means"]
-    assert len(means) == 3 * 7 + 2 * 4
+    assert len(means) == 3 * 7 + 2 * 6
     assert all(row["sd"] == pytest.approx(SPREAD) for row in means if row["test_error"] < 50)
 
 
 def test_seeds_in_one_cell_are_seeds_too() -> None:
     apart = planted()
     together = [Result("figure1a", "cpu", {}, 0, {}, None, "here", 1, 1.0, [row for r in apart for row in r.rows])]
-    assert _figure1.summarise(together, "width") == _figure1.summarise(apart, "width")
+    assert _figure1_summary.summarise(together, "width") == _figure1_summary.summarise(apart, "width")
 
 
 def test_a_few_finished_cells_can_be_read() -> None:
     few = planted()[:2]
-    answers = [row["value"] for row in _figure1.summarise(few, "width") if row["table"] == "answers"]
+    answers = [row["value"] for row in _figure1_summary.summarise(few, "width") if row["table"] == "answers"]
     assert set(answers) == {None}
     assert len(figure1a.figure(few, []).axes) == 2
 
 
 def test_the_figure_has_the_lines_of_the_paper() -> None:
     left, right = figure1a.figure(planted(), []).axes
-    assert [text.get_text() for text in left.get_legend().get_texts()] == list(_figure1.NAMES.values())
+    assert [text.get_text() for text in left.get_legend().get_texts()] == list(_figure1_summary.NAMES.values())
     assert left.get_xlabel() == "hidden units per layer"
     line = next(c for c in left.containers if c.get_label() == "Variational dropout A2").lines[0]
     assert line.get_ydata() == pytest.approx(ERRORS["vd-a2"])

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vardrop.reproduce.experiment import Config, Experiment, Row
-from vardrop.reproduce.experiments import _figure1
+from vardrop.reproduce.experiments import _figure1, _figure1_summary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 LAYERS = ("input", "hidden1", "hidden2", "hidden3")  # where the noise of a layer is
 ABLATION = (("vd-a", "layer"), ("vd-a2", "layer"), ("vd-b", "layer"), ("vd-b", "weight"))
+READINGS = tuple(("vd-b", "neuron", reading) for reading in _figure1.READINGS)
 WIDTHS = (100, 340, 580, 820, 1060, 1300)  # of the paper
 
 
@@ -27,15 +28,21 @@ def cells(scale: str) -> list[Config]:
         "gpu": {"data": "mnist", "validation": 10_000, "epochs": 100, "batch": 256, "device": "cuda", "seeds": 5},
     }[scale]
     shared |= {"lr": 0.01 if scale == "smoke" else 0.001, "average": 0.999}  # Adam's default, but for the smoke
+    others = ABLATION + READINGS
     narrow, *wider = {"smoke": (8, 16), "cpu": WIDTHS[:3], "gpu": WIDTHS}[scale]
-    networks = [(narrow, _figure1.COMPARED), (wider[0], _figure1.COMPARED), (narrow, ABLATION)]
-    networks += [(wider[0], ABLATION)] if scale != "smoke" else []
+    networks: list[tuple[int, tuple[Any, ...]]] = [
+        (narrow, _figure1.COMPARED),
+        (wider[0], _figure1.COMPARED),
+        (narrow, others),
+    ]
+    networks += [(wider[0], others)] if scale != "smoke" else []
     networks += [(width, _figure1.COMPARED) for width in wider[1:]]
     return [
         {"method": method, "sharing": sharing, "width": width, "seed": seed, **shared}
+        | ({"reading": reading[0]} if reading else {})
         for width, group in networks
         for seed in range({"smoke": 1, "cpu": 3, "gpu": 1}[scale])
-        for method, sharing in group
+        for method, sharing, *reading in group
     ]
 
 
@@ -49,7 +56,7 @@ def run_cell(config: Config) -> list[Row]:
 
 def figure(results: list[Result], claims: list[Claim]) -> Figure:
     """Test error against hidden units per layer, and the learned rates."""
-    return _figure1.draw(results, "width", "hidden units per layer", "MNIST, three hidden layers")
+    return _figure1_summary.draw(results, "width", "hidden units per layer", "MNIST, three hidden layers")
 
 
 EXPERIMENT = Experiment(
@@ -57,7 +64,7 @@ EXPERIMENT = Experiment(
     summary="MNIST: test error against hidden units per layer, fixed dropout against learned rates.",
     cells=cells,
     run_cell=run_cell,
-    summarise=partial(_figure1.summarise, size="width"),
+    summarise=partial(_figure1_summary.summarise, size="width"),
     figure=figure,
     figure_only=("networks",),
 )

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from vardrop.reproduce.experiment import Config, Experiment, Row
-from vardrop.reproduce.experiments import _figure1
+from vardrop.reproduce.experiments import _figure1, _figure1_summary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,7 +54,7 @@ def run_cell(config: Config) -> list[Row]:
 
 def figure(results: list[Result], claims: list[Claim]) -> Figure:
     """Test error against k, and the learned rates."""
-    return _figure1.draw(results, "k", "k, width of the network", "CIFAR-10, two convolutions and two layers")
+    return _figure1_summary.draw(results, "k", "k, width of the network", "CIFAR-10, two convolutions and two layers")
 
 
 EXPERIMENT = Experiment(
@@ -62,7 +62,7 @@ EXPERIMENT = Experiment(
     summary="CIFAR-10: test error against the width of a convolutional network, fixed dropout against learned rates.",
     cells=cells,
     run_cell=run_cell,
-    summarise=partial(_figure1.summarise, size="k"),
+    summarise=partial(_figure1_summary.summarise, size="k"),
     figure=figure,
     figure_only=("networks",),
 )
