@@ -16,6 +16,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from vardrop.data import places
 from vardrop.reproduce import check, claims, report, results, run
 from vardrop.reproduce.cli import app
 from vardrop.reproduce.experiment import SCALES, Cell, Experiment
@@ -33,9 +34,13 @@ def call(*arguments: object):
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory) -> Path:
-    """Every experiment at scale smoke, through the command line."""
-    root = tmp_path_factory.mktemp("smoke") / "results"
-    done = call("run", "all", "--scale", "smoke", "--results", root)
+    """Every experiment at scale smoke, through the command line, where no other data can be found."""
+    root, empty = tmp_path_factory.mktemp("smoke") / "results", tmp_path_factory.mktemp("empty")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(empty)
+        patch.setenv("VARDROP_DATA", str(empty))
+        patch.setattr(places.pooch, "os_cache", lambda name: empty / name)
+        done = call("run", "all", "--scale", "smoke", "--results", root)
     assert done.exit_code == 0, done.output
     return root
 
@@ -391,6 +396,14 @@ def test_wrong_claims_are_refused(old, new, words):
     assert [c.id for c in claims.load(EXPERIMENTS, GOOD)] == ["one"]
     with pytest.raises(ValueError, match=words):
         claims.load(EXPERIMENTS, GOOD.replace(old, new))
+
+
+def test_all_experiments_run_at_scale_smoke_from_what_scikit_learn_brings(smoke):
+    found = results.read_all(smoke)
+    for experiment in EXPERIMENTS.values():
+        complete, missing = results.finished(found, experiment, "smoke")
+        assert not missing, experiment.name
+        assert experiment.rows(complete)
 
 
 def test_every_claim_finds_one_number_in_a_smoke_run(smoke):

@@ -92,5 +92,7 @@ class Display:
         how = f"{result.seconds:.1f} s, {cell.path(self.root)}" if result else f"failed, {cell.config}"
         count = f"{self.tally.done}/{self.tally.total}"
         left = "" if self.tally.done == self.tally.total else f"; {self.time_left.known}"
-        self.progress.console.print(f"{count} {cell.experiment}: {how}{left}", highlight=False, markup=False)
+        self.progress.console.print(
+            f"{count} {cell.experiment}: {how}{left}", highlight=False, markup=False, soft_wrap=True
+        )
         self.progress.advance(self.bar)
