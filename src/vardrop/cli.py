@@ -24,6 +24,7 @@ try:
 
     from vardrop.diagnosis.command import diagnose
     from vardrop.evaluation.commands import evaluate, predict
+    from vardrop.pruning.command import export, prune
 except ModuleNotFoundError as _error:
     sys.stderr.write(f"vardrop: error: the command line needs {_error.name}; install it by {EXTRAS}\n")
     raise SystemExit(2) from _error
@@ -234,6 +235,8 @@ def reproduce(ctx: typer.Context) -> None:
 app.command()(predict)
 app.command()(evaluate)
 app.command()(diagnose)
+app.command()(prune)
+app.command()(export)
 
 
 def _config(ctx: typer.Context, out: Path, resume: bool) -> Config:

@@ -58,7 +58,7 @@ def save_sparse(model: nn.Module, path: str | os.PathLike[str]) -> None:
         tensors[f"{name}.col"] = column.to(torch.int32)
         tensors[f"{name}.value"] = rows[row, column].contiguous()
         shapes[name] = list(value.shape)
-    safetensors.save_file(tensors, Path(path), metadata={"format": "pt", "csr": json.dumps(shapes)})
+    Path(path).write_bytes(safetensors.save(tensors, metadata={"format": "pt", "csr": json.dumps(shapes)}))
 
 
 def load_sparse(path: str | os.PathLike[str], model: nn.Module) -> None:
