@@ -90,6 +90,8 @@ def test_what_each_name_stands_for():
         ("vd-a2", "layer", [(1,), (1,)]),
         ("vd-b", "layer", [(1,), (1,)]),
         ("vd-b", "weight", [(20, 64), (10, 20)]),
+        ("sparse-vd", None, [(20, 64), (10, 20)]),
+        ("sparse-vd", "neuron", [(20,), (10,)]),
     ],
 )
 def test_sharing(method, sharing, shapes):
@@ -114,10 +116,11 @@ def test_gaussian_a_and_binary_dropout_have_the_same_mean_and_variance():
     torch.testing.assert_close(var, other_var, rtol=6 * math.sqrt(2 * 4 / draws), atol=0)  # s.e. for kurtosis up to 5
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in LEARNED])
+@pytest.mark.parametrize("method", [name for name in METHODS if not METHODS[name].sharings])
 def test_sharing_belongs_to_the_methods_that_share(method):
     with pytest.raises(
-        ValueError, match=rf"sharing must be left out .*\(vd-a, vd-a2, vd-b\), got sharing='layer' with {method}"
+        ValueError,
+        match=rf"sharing must be left out .*\(vd-a, vd-a2, vd-b, sparse-vd\), got sharing='layer' with {method}",
     ):
         prepare(method, "mlp:5", (4,), 2, "layer")
 

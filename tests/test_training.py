@@ -95,6 +95,7 @@ def test_averages_need_a_decay_below_one():
         ("lr", math.nan, "lr must be positive and finite, got nan"),
         ("validation", 1.5, "validation must be a fraction below 1 or a number, got 1.5"),
         ("validation", math.inf, "validation must be a fraction below 1 or a number, got inf"),
+        ("lr_decay", 1.5, "lr_decay must be at least 0 and at most 1, got 1.5"),
         ("average", 1.0, "average must be at least 0 and below 1, got 1.0"),
         ("estimator", "best", "estimator must be one of local, .* got 'best'"),
         ("accelerator", "abacus", "accelerator must be one of cpu, .* got 'abacus'"),
@@ -320,6 +321,41 @@ def test_without_validation_the_last_average_is_the_model(tmp_path):
     assert [line["val_error"] for line in lines(tmp_path)] == [None, None]
     checkpoint, model = (load_file(tmp_path / f"{name}.safetensors") for name in ("checkpoint", "model"))
     assert all(torch.equal(checkpoint[f"model.network.{name}"], tensor) for name, tensor in model.items())
+
+
+def test_the_learning_rate_falls_over_the_last_part():
+    config = Config(epochs=10, lr_decay=0.4)
+    assert [config.lr_factor(epoch) for epoch in (0, 6, 8, 10)] == pytest.approx([1, 1, 0.5, 0])
+    assert Config(epochs=10).lr_factor(10) == 1
+    assert config.difference(Config(epochs=11, lr_decay=0.4)) == "epochs 10 there and 11 here"
+
+
+def test_a_learning_rate_that_has_fallen_moves_nothing(tmp_path):
+    """Adam goes about a learning rate a step: with one that falls from the start the way is about half as long."""
+    ways = []
+    for decay in (0.0, 1.0):
+        torch.manual_seed(0)
+        start = prepare(SMALL.method, SMALL.model, load("digits").shape, 10)[0][-1].bias.detach()
+        train(changed(SMALL, epochs=1, average=0.0, lr_decay=decay), tmp_path / str(decay), progress=False)
+        ways.append((load_model(tmp_path / str(decay))[-1].bias - start).abs().mean().item())
+    assert 0.2 < ways[1] / ways[0] < 0.8
+
+
+def test_a_run_starts_from_another(tmp_path):
+    """With a learning rate of next to nothing the new network is the old one."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    old = train(changed(SMALL, method="none", epochs=3), first, progress=False)
+    tiny = changed(SMALL, method="sparse-vd", warmup=0, epochs=1, lr=1e-12, average=0.0, start=str(first))
+    new = train(tiny, second, progress=False)
+    assert new["test_error"] == old["test_error"]
+    plain, sparse = load_model(first), load_model(second)
+    vd.restore_(sparse)
+    for a, b in zip(plain.parameters(), sparse.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(
+        ValueError, match=r"start must be a run of the same network, got one with weights of \[\(16, 64"
+    ):
+        train(changed(tiny, model="mlp:1x8"), tmp_path / "third", progress=False)
 
 
 def test_the_divergence_warms_up(tmp_path):

@@ -87,6 +87,12 @@ def train(
     epochs: Annotated[int, typer.Option(help="At most so many passes over the data.")] = Config.epochs,
     batch_size: Annotated[int, typer.Option(help="Examples a step, over all devices together.")] = Config.batch_size,
     lr: Annotated[float, typer.Option(help="Adam's learning rate.")] = Config.lr,
+    lr_decay: Annotated[
+        float, typer.Option(help="The last part of the epochs over which it falls linearly to 0; 0: none.")
+    ] = Config.lr_decay,
+    start: Annotated[
+        str | None, typer.Option(help="Start from the weights of this run, of the same network and any method.")
+    ] = Config.start,
     seed: Annotated[int, typer.Option(help="Of weights, noise, order and validation split.")] = Config.seed,
     validation: Annotated[
         float, typer.Option(help="Examples kept back to choose the epoch: a share, or a number from 1 on.")

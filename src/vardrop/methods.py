@@ -107,8 +107,10 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "sparse-vd",
-            "sparse variational dropout: unbounded rates per weight",
-            config=lambda _: SparseVariationalDropout(),
+            "sparse variational dropout: unbounded rates, to prune by",
+            config=lambda sharing: SparseVariationalDropout(sharing=sharing or "weight"),
+            default_sharing="weight",
+            sharings=_B,
             warmup=30,  # at full weight from the start it prunes everything before anything is learned
         ),
         Method("mean-field", "mean-field Gaussian weights, Gaussian prior", config=lambda _: GaussianPosterior()),
@@ -130,7 +132,8 @@ def prepare(
         shape: of one example.
         outputs: of the network.
         sharing: of learned rates: ``"layer"``, ``"neuron"`` (an input unit; the default of A and B alike, so that they
-            learn the same rates) or, for ``vd-b``, ``"weight"``.
+            learn the same rates) or, for ``vd-b`` and ``sparse-vd``, ``"weight"``, the default of the latter. A neuron
+            of ``sparse-vd`` is an output unit.
 
     Returns:
         The network, the weight of its divergence in the objective, and the report of its conversion (None where no

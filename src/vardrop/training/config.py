@@ -32,6 +32,10 @@ class Config:
         epochs: passes over the training examples, at most.
         batch_size: examples of one step, over all devices together.
         lr: learning rate of Adam.
+        lr_decay: the last part of the epochs over which the learning rate falls linearly to zero, in [0, 1]; 0 for
+            none.
+        start: folder of a finished run of the same network, with whichever method, whose weights this one starts from;
+            None to start from scratch.
         seed: of the initial weights, the noise, the order of the examples and the validation split.
         validation: examples kept back to choose the epoch: a fraction below 1, or a number; 0 for none.
         patience: epochs without a better validation error before training ends; 0 never ends early.
@@ -63,6 +67,8 @@ class Config:
     epochs: int = 100
     batch_size: int = 128
     lr: float = 1e-3
+    lr_decay: float = 0.0
+    start: str | None = None
     seed: int = 0
     validation: float = 0.1
     patience: int = 20
@@ -88,6 +94,7 @@ class Config:
             0 <= self.validation < 1 or (self.validation > 0 and whole), "validation", "a fraction below 1 or a number"
         )
         self._require(0 <= self.average < 1, "average", "at least 0 and below 1")
+        self._require(0 <= self.lr_decay <= 1, "lr_decay", "at least 0 and at most 1")
         choices = {
             "estimator": ESTIMATORS, "accelerator": ACCELERATORS, "strategy": STRATEGIES, "precision": PRECISIONS
         }  # fmt: skip
@@ -97,6 +104,10 @@ class Config:
     def _require(self, condition: bool, name: str, words: str) -> None:
         if not condition:
             raise ValueError(f"vardrop.training.Config: {name} must be {words}, got {getattr(self, name)!r}")
+
+    def lr_factor(self, epoch: float) -> float:
+        """What the learning rate is multiplied with when so many epochs are over."""
+        return min(1.0, (1 - epoch / self.epochs) / self.lr_decay) if self.lr_decay else 1.0
 
     @property
     def warmup_epochs(self) -> int:
@@ -131,7 +142,8 @@ class Config:
 
     def difference(self, other: Config) -> str:
         """The options in which another run cannot go on from this one, in words; empty if there are none."""
-        fields = [field.name for field in dataclasses.fields(self) if field.name not in MAY_CHANGE]
+        free = MAY_CHANGE - {"epochs"} if self.lr_decay else MAY_CHANGE  # the decay goes by their number
+        fields = [field.name for field in dataclasses.fields(self) if field.name not in free]
         return ", ".join(
             f"{name} {getattr(self, name)!r} there and {getattr(other, name)!r} here"
             for name in fields

@@ -39,7 +39,7 @@ from vardrop.training.folder import (
     claim,
     keep_epochs,
 )
-from vardrop.training.model_file import load_task, strip
+from vardrop.training.model_file import load_task, start_from_, strip
 from vardrop.training.sharding import is_sharded
 from vardrop.training.task import Categorical, Gaussian, Task, measure
 from vardrop.weights.estimators import estimator
@@ -89,6 +89,8 @@ def train(config: Config, out: Path, resume: bool = False, progress: bool = True
         data = load(config.data, Path(config.data_dir) if config.data_dir else None, config.split)
         check_data(data)
         network, kl_scale, _ = prepare(config.method, config.model, data.shape, data.outputs, config.sharing)
+        if config.start is not None:
+            start_from_(network, Path(config.start))
         fabric = make_fabric(config)
         finished = on_first(fabric, lambda: claim(config, out, resume))
         if finished is None:
@@ -130,6 +132,7 @@ class _Run:
             {"params": list(likelihood.parameters()), "lr": 10 * config.lr},
         ]
         adam = torch.optim.Adam([group for group in groups if group["params"]], fused=fused)
+        self.lrs = [group["lr"] for group in adam.param_groups]
         self.optimizer: Any = fabric.setup_optimizers(adam)
         averages = Averages(self.task.parameters(), config.average)
         best = [value.clone() for value in averages.values]
@@ -229,11 +232,18 @@ class _Run:
                     self._stop(f"in step {start // batch + 1}", x, y)
                 self.optimizer.zero_grad()
                 self.fabric.backward(loss)
+                self._set_lr(start)
                 self.optimizer.step()
                 self.state.averages.update()
                 self.state.progress.step += 1
                 total += nll.detach() / share
         return add_up(self.fabric, total).item() / self.rows
+
+    def _set_lr(self, start: int) -> None:
+        """The learning rates of the step that begins at this example."""
+        factor = self.config.lr_factor(self.state.progress.epoch + start / self.rows)
+        for group, lr in zip(self.state.optimizer.param_groups, self.lrs, strict=True):
+            group["lr"] = lr * factor
 
     def _validate(self) -> dict[str, float | None]:
         """Scores of the averaged weights, which are kept if they are the best."""

@@ -7,12 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from vardrop.convert import restore_
 from vardrop.data import Data, load
 from vardrop.methods import prepare
 from vardrop.training.config import Config
 from vardrop.training.files import read_tensors
 from vardrop.training.folder import MODEL
 from vardrop.training.task import NETWORK, Categorical, Gaussian, Task
+from vardrop.weights.modules import noisy_weights
 
 
 def strip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -74,3 +76,28 @@ def load_model(run: Path) -> nn.Module:
         False
     """
     return load_task(run).network
+
+
+def start_from_(network: nn.Module, run: Path) -> None:
+    """Give a network the weights of a finished run, in place; its own noise stays where it starts.
+
+    The two need the same layers; dropout between them may differ.
+
+    Raises:
+        FileNotFoundError: if there is no model, or its data set is not here.
+        ValueError: if its weights have other shapes.
+    """
+    finished = load_task(run).network
+    restore_(finished)
+    theirs = list(finished.parameters())
+    noise = {id(noise) for _, _, noise, *_ in noisy_weights(network)}
+    ours = [p for p in network.parameters() if id(p) not in noise]
+    shapes = [[tuple(p.shape) for p in parameters] for parameters in (ours, theirs)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"vardrop.train: start must be a run of the same network, got one with weights of {shapes[1]} for one with "
+            f"{shapes[0]}; give --model as it was there"
+        )
+    with torch.no_grad():
+        for our, their in zip(ours, theirs, strict=True):
+            our.copy_(their)
