@@ -3,6 +3,7 @@
 from vardrop.reproduce.experiment import Experiment
 from vardrop.reproduce.experiments import (
     active,
+    convergence,
     data_size,
     dropblock,
     droppath,
@@ -27,6 +28,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         speed.EXPERIMENT,
         table1.EXPERIMENT,
         table1_correlated.EXPERIMENT,
+        convergence.EXPERIMENT,
         variance_scaling.EXPERIMENT,
         ood.EXPERIMENT,
         active.EXPERIMENT,
