@@ -109,7 +109,7 @@ def prune(run: OpenRun, goal: Goal, options: Options, steps: Steps) -> Pruned:
     notes = [] if held else ["The run kept no validation rows, so there is no error for other thresholds."]
     validate = None if held is None else (lambda network: _mistake(Task(network, task.likelihood), *held))
 
-    steps.begin("look for the threshold", _SEARCHED)
+    steps.begin("look for the threshold", _SEARCHED if goal.max_error_increase is not None else None)
 
     def counted(network: nn.Module) -> float:
         steps.advance()
