@@ -345,7 +345,7 @@ def test_a_constant_at_a_padding_stays_and_is_told() -> None:
 @pytest.mark.parametrize(
     ("module", "words"),
     [
-        (nn.LayerNorm(6), "takes mean and variance over channels, to which constant ones count too"),
+        (nn.LayerNorm((3, 6)), "takes mean and variance over positions too, with a weight for each"),
         (nn.Softmax(-1), r"1 \(Softmax\) is not known here"),
     ],
 )
@@ -354,7 +354,7 @@ def test_what_couples_all_channels_keeps_them_and_is_told(module: nn.Module, wor
     model = zeroed(model, 0.9).float()
     with torch.no_grad():
         model[0].weight[2] = 0
-    small = vd.compact(model, torch.randn(3, 4))
+    small = vd.compact(model, torch.randn(2, 3, 4))
     assert small[0].out_features == 6
     with pytest.raises(AssertionError, match=words):
         raise AssertionError(small.compaction.left["0"])

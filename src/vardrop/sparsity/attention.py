@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from vardrop.sparsity.rebuild import replace
+from vardrop.sparsity.rebuild import Kept, replace
+from vardrop.sparsity.stream import Attend
 
 _LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
@@ -42,6 +44,11 @@ class CompactAttention(nn.Module):
         )
         self.out_proj = _linear(attention.out_proj.weight.detach()[:, rows], bias)
         self.train(attention.training)
+
+    q: nn.Linear
+    k: nn.Linear
+    v: nn.Linear
+    out_proj: nn.Linear
 
     def forward(
         self,
@@ -111,13 +118,53 @@ def projections(attention: nn.MultiheadAttention) -> tuple[list[Tensor], list[Te
     return [getattr(attention, f"{name}_proj_weight").detach() for name in "qkv"], biases
 
 
+def all_parts(attention: nn.MultiheadAttention | CompactAttention) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
+    """Weights of query, key and value, and weight and bias of the output, in float64."""
+    if isinstance(attention, CompactAttention):
+        weights = [layer.weight.detach() for layer in (attention.q, attention.k, attention.v)]
+    else:
+        weights = projections(attention)[0]
+    out = attention.out_proj
+    bias = out.weight.new_zeros(len(out.weight)) if out.bias is None else out.bias
+    first, second, *others = (tensor.detach().double().cpu() for tensor in (out.weight, bias, *weights))
+    return others, (first, second)
+
+
+def narrower(attention: nn.MultiheadAttention | CompactAttention, rule: Attend) -> CompactAttention | None:
+    """Attention without inputs and outputs that have gone; None if all have stayed."""
+    if rule.out.keep.all() and all(channels.keep.all() for channels in rule.sources):
+        return None
+    if isinstance(attention, CompactAttention):
+        small = copy.deepcopy(attention)
+    else:
+        heads = torch.arange(attention.num_heads, device=attention.out_proj.weight.device)
+        shift = attention.out_proj.bias
+        small = CompactAttention(attention, heads, None if shift is None else shift.detach())
+    for name, channels in zip("qkv", rule.sources, strict=True):
+        layer = getattr(small, name)
+        weight = layer.weight.detach()
+        gone = (channels.constant & ~channels.keep).nonzero().flatten()
+        shift = weight[:, gone.to(weight.device)].double() @ channels.value[gone].to(weight.device)
+        bias = layer.bias
+        if bias is not None or shift.any():
+            bias = (shift if bias is None else bias.detach().double() + shift).to(weight)
+        setattr(small, name, _linear(weight[:, channels.keep.to(weight.device)], bias))
+    out, rows = small.out_proj, rule.out.keep.to(small.out_proj.weight.device)
+    small.out_proj = _linear(out.weight.detach()[rows], None if out.bias is None else out.bias.detach()[rows])
+    return small
+
+
 def compact_attention(
-    model: nn.Module, changed: dict[str, tuple[str, str]], left: dict[str, str], fixed: dict[int, str]
+    model: nn.Module,
+    changed: dict[str, tuple[str, str]],
+    left: dict[str, str],
+    kept: Kept,
+    fixed: dict[int, str],
 ) -> None:
     """Remove dead heads and dead hidden units of transformer layers, in place."""
     for name, module in list(model.named_modules()):
         if type(module) in _LAYERS:
-            _feed_forward(module, name, changed, fixed)
+            _feed_forward(module, name, changed, kept, fixed)
         if type(module) is nn.MultiheadAttention:
             small = _fewer_heads(module, name, left, fixed)
             if small is not None:
@@ -158,7 +205,9 @@ def _fewer_heads(
     return CompactAttention(attention, (~dead).nonzero().flatten(), shift)
 
 
-def _feed_forward(layer: Any, name: str, changed: dict[str, tuple[str, str]], fixed: dict[int, str]) -> None:
+def _feed_forward(
+    layer: Any, name: str, changed: dict[str, tuple[str, str]], kept: Kept, fixed: dict[int, str]
+) -> None:
     """Hidden units of the two linear layers of a transformer layer, with the activation between them."""
     first, second = layer.linear1, layer.linear2
     if any(type(x) is not nn.Linear or id(x) in fixed for x in (first, second)) or id(layer) in fixed:
@@ -187,4 +236,7 @@ def _feed_forward(layer: Any, name: str, changed: dict[str, tuple[str, str]], fi
         elif folded.any():
             second.bias = nn.Parameter(folded.to(second.weight))
     first.out_features = second.in_features = len(rows)
+    inside = keep.nonzero().flatten()
+    kept[f"{name}.linear1".lstrip(".")] = inside, torch.arange(first.in_features)
+    kept[f"{name}.linear2".lstrip(".")] = torch.arange(second.out_features), inside
     changed[f"{name}.linear1".lstrip(".")] = (f"{before} hidden units", f"{len(rows)} hidden units")

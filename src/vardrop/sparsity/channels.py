@@ -81,6 +81,7 @@ class Rule:
 
     def __init__(self, node: Node, inputs: Sequence[Channels], why: str = "") -> None:
         self.node, self.inputs, self.why = node, list(inputs), why
+        self.call = node  # of the module, if it is one
         self.out: Channels | None = None
 
     def backward(self) -> None:

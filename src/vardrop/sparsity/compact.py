@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from vardrop.convert import restore_
-from vardrop.sparsity.attention import compact_attention
-from vardrop.sparsity.channels import Each, Mix, settle
-from vardrop.sparsity.rebuild import replace, smaller, why_left
+from vardrop.sparsity.attention import compact_attention, narrower
+from vardrop.sparsity.channels import Each, Mix, Rule, settle
+from vardrop.sparsity.encoder import put_back, write_out
+from vardrop.sparsity.norms import smaller_norm
+from vardrop.sparsity.rebuild import cut_own, kept_of, note_kept, replace, smaller, why_left
 from vardrop.sparsity.rules import Reader
 from vardrop.sparsity.same import check_same, multiply_adds
+from vardrop.sparsity.stream import Attend, Norm, Own
 from vardrop.sparsity.tracing import Inputs, Shapes, Tracer, arguments, fixed_modules, fixed_paths, traced, unused
 
 
@@ -28,12 +31,14 @@ class Compaction:
         left: name of the module, or of an operation -> what could not be removed and why, in a sentence.
         parameters: how many there were, and are.
         multiply_adds: on the example input, before and after.
+        kept: name of a changed layer with a weight -> indices of its outputs and of its inputs that are still there.
     """
 
     changed: dict[str, tuple[str, str]] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     parameters: tuple[int, int] = (0, 0)
     multiply_adds: tuple[int, int] = (0, 0)
+    kept: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         (before, after), (work, less) = self.parameters, self.multiply_adds
@@ -46,9 +51,9 @@ def compact(model: nn.Module, example_input: Tensor | Sequence[Any], select_inpu
     """Take dead units out of a sparse network: a smaller, plain module with the same function in evaluation.
 
     Neurons, channels and attention heads go that nothing reads, or that are constants; the constants are folded into
-    the biases behind them. This goes through Linear, convolutions, BatchNorm, activations, pooling, flatten, dropout,
-    sums and concatenation, and inside of transformer layers. Whatever else there is keeps all of its channels, and
-    ``compaction.left`` of the result says what that cost. The outputs are compared with the model's, on the example
+    the biases behind them. This goes through Linear, convolutions, norms, activations, pooling, flatten, dropout, sums
+    and concatenation, attention, and residual streams, whose constants stay as numbers in the statistics of layer and
+    group norms. Whatever else there is keeps all of its channels, and ``compaction.left`` says what that cost. The outputs are compared with the model's, on the example
     and on random inputs, before anything is returned.
 
     The network is traced by ``torch.fx``. Parts whose code cannot be traced stay as they are, and what is inside of
@@ -100,8 +105,9 @@ def compact(model: nn.Module, example_input: Tensor | Sequence[Any], select_inpu
     small = copy.deepcopy(dense)
     report = Compaction()
     reasons = fixed_modules(small)
-    compact_attention(small, report.changed, report.left, reasons)
-    small = _all_parts(small, inputs, report, reasons, select_inputs)
+    compact_attention(small, report.changed, report.left, report.kept, reasons)
+    small, written = write_out(small, reasons)
+    small = put_back(_all_parts(small, inputs, report, reasons, select_inputs), written)
     check_same(dense, small, inputs)
     report.parameters = tuple(sum(p.numel() for p in each.parameters()) for each in (dense, small))  # type: ignore[assignment]
     report.multiply_adds = multiply_adds(dense, inputs), multiply_adds(small, inputs)
@@ -160,6 +166,15 @@ def _all_parts(model: nn.Module, inputs: Inputs, report: Compaction, fixed: dict
     return model
 
 
+def _smaller(module: Any, rule: Rule, select: bool, like: Tensor) -> nn.Module | None:
+    """What a module becomes, with tensors like another; None if it stays as it is."""
+    if isinstance(rule, Norm):
+        return smaller_norm(module, rule, next(module.parameters(), like))
+    if isinstance(rule, Attend):
+        return narrower(module, rule)
+    return smaller(module, rule, select) if isinstance(rule, Mix | Each | Own) else None
+
+
 def compact_part(
     module: nn.Module,
     inputs: Inputs,
@@ -184,20 +199,25 @@ def compact_part(
     modules = dict(module.named_modules(remove_duplicate=False))
     reader = Reader(graph, modules, fixed_paths(graph, modules, fixed))
     settle(reader.rules, list(reader.facts.values()))
+    like = next(module.parameters(), torch.empty(()))
     for rule in reader.rules:
-        if rule.node.op != "call_module" or not isinstance(rule, Mix | Each):
+        if rule.call.op != "call_module" or rule.out is None:
             continue
-        path = str(rule.node.target)
+        path = str(rule.call.target)
         where = f"{name}.{path}".strip(".")
         old = modules[path]
-        new = smaller(old, rule, select)
+        new = _smaller(old, rule, select, like)
         if new is not None:
             replace(module, old, new)
+            if isinstance(rule, Mix):
+                note_kept(report.kept, where, *kept_of(rule, select))
             if str(old) != str(new):
                 report.changed[where] = (" ".join(str(old).split()), " ".join(str(new).split()))
-        why = why_left(rule.out) if isinstance(rule, Mix) else None
+        why = why_left(rule.out) if isinstance(rule, Mix | Norm | Attend | Own) else None
         if why:
             report.left[where] = why
+    for node, rule in reader.own.items():
+        cut_own(modules, str(node.target), rule)
     for path in unused(graph, modules):
         where = f"{name}.{path}".strip(".")
         report.left[where] = "is not called in evaluation; what calls it in training may find fewer channels"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from vardrop.sparsity.channels import Blocks, Channels, Each, Rule
+from vardrop.sparsity.stream import Own
 
 
 class Unknown(Exception):  # noqa: N818 - it never leaves this package
@@ -33,6 +34,8 @@ class Facts:
         self.modules, self.fixed = modules, fixed
         self.facts: dict[fx.Node, Channels] = {}
         self.flattens: list[fx.Node] = []  # whose sizes are numbers in the code
+        self.attended: dict[fx.Node, Any] = {}  # calls of attention, and what their rules need
+        self.own: dict[fx.Node, Own] = {}  # parameters and buffers that are joined with tensors
 
     def channels(self, node: Any, dim: int) -> Channels:
         """The facts of a tensor along an axis; nothing is known of one that is met first."""
@@ -42,6 +45,19 @@ class Facts:
         if self.facts[node].dim != dim:
             raise Unknown(f"works along axis {dim}, where the channels do not lie")
         return self.facts[node]
+
+    def take_own(self, node: fx.Node, back: int, size: int) -> None:
+        """Learn of a parameter or buffer that nothing else reads, if it has the channels at an axis from the end."""
+        path, _, name = str(node.target).rpartition(".")
+        if node.op != "get_attr" or len(node.users) > 1 or path in self.fixed:
+            return
+        if sum(other.op == "get_attr" and other.target == node.target for other in node.graph.nodes) > 1:
+            return
+        tensor = getattr(self.modules[path], name)
+        if tensor.is_floating_point() and tensor.ndim >= -back and tensor.shape[back] == size:
+            axis = tensor.ndim + back
+            self.own[node] = Own(node, axis, tensor, axis)
+            self.facts[node] = self.own[node].out
 
     def _counted(self, node: fx.Node, back: int) -> Channels:
         """The facts of the input along an axis counted from the end."""

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from vardrop.sparsity.channels import Blocks, Each, Rule
 from vardrop.sparsity.facts import Facts, Unknown, name_of
+from vardrop.sparsity.stream import Attend
 
 # Functions and methods by name, for torch.relu, F.relu and x.relu() are one.
 _SAME_NAMES = set("dropout contiguous detach clone max_pool1d max_pool2d max_pool3d interpolate".split())
@@ -39,6 +40,8 @@ class FunctionRules(Facts):
             if name == "getitem" and first not in self.facts:
                 return Rule(node, [])
             raise Unknown("is not known here")
+        if isinstance(first, fx.Node) and first in self.attended and name == "getitem" and node.args[1] == 0:
+            return Attend(node, first, *self.attended[first])
         if not node.args:
             raise Unknown("is not known here with other arguments than one tensor")
         self._check_in_place(node, name in _IN_PLACE or bool(node.kwargs.get("inplace")))
@@ -90,11 +93,14 @@ class FunctionRules(Facts):
         if not known:
             return Rule(node, [])
         dim, shape = self.facts[known[0]].dim, node.meta["shape"]
-        shapes: list[Any] = [each.meta.get("shape", ()) for each in tensors]
+        for each in tensors:
+            if each not in self.facts:
+                self.take_own(each, dim - len(shape), shape[dim])
+        shapes: list[Any] = [each.meta.get("shape", ()) for each in tensors if each not in self.own]
         others = [x for x in node.args if not isinstance(x, fx.Node | int | float)]
         if others or any(len(each) != len(shape) or each[dim] != shape[dim] for each in shapes):
             raise Unknown("joins something else than numbers and tensors of the same channels")
-        inputs = [self.channels(each, dim) for each in tensors]
+        inputs = [self.facts[each] if each in self.own else self.channels(each, dim) for each in tensors]
         values = [self.facts[each].value if isinstance(each, fx.Node) else each for each in node.args]
         value = torch.as_tensor(function(*values))
         constant = torch.stack([channels.constant for channels in inputs]).all(0)
@@ -158,11 +164,21 @@ class FunctionRules(Facts):
             order.insert(given[0] % (len(order) + 1), None)
         else:
             index: Any = given[0] if isinstance(given[0], tuple) else (given[0],)
-            if any(each is not None and each != slice(None) for each in index):
-                raise Unknown("takes a part of the tensor")
-            rest = iter(order)
-            order = [None if each is None else next(rest) for each in index] + list(rest)
+            order = self._indexed(index, order, self.facts[source].dim)
         return self._each(node, source, lambda value: value, order.index(self.facts[source].dim))
+
+    def _indexed(self, index: tuple[Any, ...], order: list[Any], rank: int) -> list[Any]:
+        """The axes that are left of a tensor with an index: a number takes one away, None makes one."""
+        rest, after = iter(order), []
+        for each in index:
+            axis = None if each is None else next(rest)
+            if each is None or each == slice(None):
+                after.append(axis)
+            elif axis == rank or not isinstance(each, int | slice):
+                raise Unknown("takes a part of the tensor")
+            elif isinstance(each, slice):
+                after.append(axis)
+        return after + list(rest)
 
     def _mean(self, node: fx.Node) -> Rule:
         """Over positions."""

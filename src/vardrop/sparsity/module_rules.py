@@ -9,8 +9,10 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from vardrop.layers.base import Drop
-from vardrop.sparsity.channels import Each, Mix, Rule
-from vardrop.sparsity.facts import Facts, Unknown, is_padded
+from vardrop.sparsity.attention import CompactAttention, all_parts
+from vardrop.sparsity.channels import Channels, Each, Mix, Rule
+from vardrop.sparsity.facts import Facts, Unknown, is_padded, name_of
+from vardrop.sparsity.stream import Norm, Own
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _CONVS: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
@@ -26,7 +28,7 @@ _ACTIVATIONS = (
     nn.Tanh, nn.Tanhshrink, nn.Sigmoid, nn.LogSigmoid, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Hardshrink,
     nn.Softshrink, nn.Threshold,
 )  # fmt: skip
-_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+_INSTANCE_NORMS: dict[type[nn.Module], int] = {nn.InstanceNorm1d: 1, nn.InstanceNorm2d: 2, nn.InstanceNorm3d: 3}
 
 
 class ModuleRules(Facts):
@@ -36,6 +38,8 @@ class ModuleRules(Facts):
         kind, source = type(module), node.args[0] if node.args else None
         if str(node.target) in self.fixed:
             raise Unknown(self.fixed[str(node.target)])
+        if kind in (nn.MultiheadAttention, CompactAttention):
+            return self._attention(node, module)
         if len(node.args) != 1 or node.kwargs or not isinstance(source, fx.Node) or "shape" not in source.meta:
             raise Unknown("is not known here with other arguments than one tensor")
         if kind is nn.Linear:
@@ -62,8 +66,14 @@ class ModuleRules(Facts):
         if kind in _AVERAGES:
             self._check_positions(node, kind.__name__)
             return self._average(node, source, module.padding, module.count_include_pad)
-        if isinstance(module, _NORMS):
-            raise Unknown("takes mean and variance over channels, to which constant ones count too")
+        if kind in (nn.LayerNorm, nn.RMSNorm):
+            return self._layer_norm(node, module)
+        if kind is nn.GroupNorm:
+            return Norm(node, self.channels(source, 1), 1, module)
+        if kind in _INSTANCE_NORMS:
+            return self._instance_norm(node, module, _INSTANCE_NORMS[kind])
+        if kind is nn.Embedding and module.max_norm is None:
+            return Own(node, len(node.meta["shape"]) - 1, module.weight, 1)
         raise Unknown("is not known here")
 
     def _along(self, source: Any, dim: int) -> Any:
@@ -100,16 +110,54 @@ class ModuleRules(Facts):
         return Mix(node, source, source.dim, used, torch.zeros_like(weight[..., 0]), _bias(module), source.value == 0)
 
     def _batch_norm(self, node: fx.Node, module: Any) -> Rule:
-        source = self.channels(node.args[0], 1)
         if module.running_mean is None or module.running_var is None:
             raise Unknown("has no running statistics, and so takes those of the batch")
+        return self._running(node, module, self.channels(node.args[0], 1))
+
+    def _running(self, node: fx.Node, module: Any, source: Channels) -> Rule:
         mean, variance = (x.detach().double().cpu() for x in (module.running_mean, module.running_var))
         scale, shift = torch.ones_like(mean), torch.zeros_like(mean)
         if module.affine:
             scale, shift = (x.detach().double().cpu() for x in (module.weight, module.bias))
         constant = source.constant | (scale == 0)
         value = (source.value - mean) / (variance + module.eps).sqrt() * scale + shift
-        return Each(node, [source], 1, constant, torch.where(constant, value, 0.0))
+        return Each(node, [source], source.dim, constant, torch.where(constant, value, 0.0))
+
+    def _instance_norm(self, node: fx.Node, module: Any, spatial: int) -> Rule:
+        """Over the positions of a channel, at which a constant is its own mean."""
+        source = self._counted(node, 1 + spatial)
+        if module.running_mean is not None:
+            return self._running(node, module, source)
+        constant, value = source.constant, torch.zeros_like(source.value)
+        if module.affine:
+            constant = constant | (module.weight.detach() == 0).cpu()
+            value = module.bias.detach().double().cpu()
+        return Each(node, [source], source.dim, constant, torch.where(constant, value, 0.0))
+
+    def _layer_norm(self, node: fx.Node, module: Any) -> Rule:
+        if len(module.normalized_shape) > 1:
+            raise Unknown("takes mean and variance over positions too, with a weight for each")
+        source = self._counted(node, 1)
+        return Norm(node, source, source.dim, module)
+
+    def _attention(self, node: fx.Node, module: Any) -> Rule:
+        """Inputs and outputs of attention; a rule is made when its output is taken from the tuple."""
+        given = dict(zip(("query", "key", "value"), node.args, strict=False)) | node.kwargs
+        reason = self.fixed.get(f"{node.target}.out_proj")
+        if reason:
+            raise Unknown(reason)
+        if any(name_of(user) != "getitem" or (user.args[1] != 0 and user.users) for user in node.users):
+            raise Unknown("gives its attention weights too")
+        if getattr(module, "bias_k", None) is not None or getattr(module, "add_zero_attn", False):
+            raise Unknown("has keys of its own (add_bias_kv, add_zero_attn)")
+        inputs = [given.get(name) for name in ("query", "key", "value")]
+        if not all(isinstance(each, fx.Node) and "shape" in each.meta for each in inputs):
+            raise Unknown("is not known here with other arguments than tensors")
+        if any(each in self.facts for each in node.all_input_nodes if each not in inputs):
+            raise Unknown("has a mask that is computed from channels")
+        sources = [self.channels(each, len(each.meta["shape"]) - 1) for each in inputs]  # type: ignore[union-attr]
+        self.attended[node] = sources, *all_parts(module)
+        return Rule(node, [])
 
 
 def _bias(module: Any) -> Tensor:

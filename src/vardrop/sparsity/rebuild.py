@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vardrop.sparsity.channels import Channels, Mix, Rule
+from vardrop.sparsity.stream import Own
 
+Kept = dict[str, tuple[Tensor, Tensor]]  # name of a layer -> indices of its outputs and of its inputs that stay
 WORTHWHILE = 0.5  # a selection in front of a layer pays if at most so many of its inputs are used
 
 
@@ -38,6 +41,8 @@ def smaller(module: nn.Module, rule: Rule, select: bool) -> nn.Module | None:
     """What a module becomes; None if it stays as it is."""
     if isinstance(rule, Mix):
         return _mix(module, rule, select)
+    if isinstance(rule, Own):
+        return _table(module, rule)
     (source,) = rule.inputs
     if source.keep.all():
         return None
@@ -57,16 +62,56 @@ def smaller(module: nn.Module, rule: Rule, select: bool) -> nn.Module | None:
     return small
 
 
+def _table(module: nn.Module, rule: Own) -> nn.Module | None:
+    """A table of embeddings with fewer columns."""
+    if rule.out.keep.all():
+        return None
+    small: Any = copy.deepcopy(module)
+    _cut(small, "weight", [torch.ones(len(small.weight), dtype=torch.bool), rule.out.keep])
+    small.embedding_dim = int(rule.out.keep.sum())
+    return small
+
+
+def cut_own(modules: dict[str, nn.Module], target: str, rule: Own) -> None:
+    """Keep some channels of a parameter or buffer, in place."""
+    path, _, name = target.rpartition(".")
+    if not rule.out.keep.all():
+        tensor = getattr(modules[path], name)
+        every = [torch.ones(size, dtype=torch.bool) for size in tensor.shape]
+        every[rule.axis] = rule.out.keep
+        _cut(modules[path], name, every)
+
+
+def _used(rule: Mix) -> Tensor:
+    """Which inputs a layer has weights for; at least one."""
+    used = (rule.used[rule.out.keep] & ~rule.folds).any(0) & rule.source.keep
+    if not used.any():
+        used[rule.source.keep.nonzero()[0]] = True  # one input, of weights that are zero or folded
+    return used
+
+
+def kept_of(rule: Mix, select: bool) -> tuple[Tensor, Tensor]:
+    """Which outputs and which inputs stay of a layer, as masks."""
+    used, source = _used(rule), rule.source
+    selects = select and int(used.sum()) <= WORTHWHILE * int(source.keep.sum())
+    return rule.out.keep, used if selects else source.keep
+
+
+def note_kept(kept: Kept, name: str, outputs: Tensor, inputs: Tensor) -> None:
+    """Note which outputs and inputs of a layer stay, as masks; it may have been made smaller before."""
+    indices = outputs.nonzero().flatten(), inputs.nonzero().flatten()
+    if name in kept:
+        before = kept[name]
+        indices = before[0][indices[0]], before[1][indices[1]]
+    kept[name] = indices
+
+
 def _mix(module: Any, rule: Mix, select: bool) -> nn.Module | None:
     source, out = rule.source, rule.out
-    used = (rule.used[out.keep] & ~rule.folds).any(0) & source.keep
-    if not used.any():
-        used[source.keep.nonzero()[0]] = True  # one input, of weights that are zero or folded
-    count, kept = int(used.sum()), int(source.keep.sum())
-    select = select and count <= WORTHWHILE * kept
-    inputs = used if select else source.keep
+    _, inputs = kept_of(rule, select)
     if inputs.all() and out.keep.all():
         return None
+    select = not bool((inputs == source.keep).all())
     small = copy.deepcopy(module)
     transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
     _cut(small, "weight", [inputs, out.keep] if transposed else [out.keep, inputs])
@@ -81,7 +126,7 @@ def _mix(module: Any, rule: Mix, select: bool) -> nn.Module | None:
     if not select:
         return small
     back = source.dim - len(source.node.meta["shape"])
-    index = used[source.keep].nonzero().flatten().to(module.weight.device)
+    index = inputs[source.keep].nonzero().flatten().to(module.weight.device)
     return nn.Sequential(Select(index, back), small).train(module.training)
 
 

@@ -9,9 +9,11 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from vardrop.sparsity.attention import CompactAttention
+from vardrop.sparsity.norms import CompactGroupNorm, CompactLayerNorm
 from vardrop.sparsity.rebuild import Select
 
 Inputs = tuple[Any, ...]
+_LEAVES = (CompactAttention, CompactLayerNorm, CompactGroupNorm, Select)
 
 
 def fixed_modules(model: nn.Module) -> dict[int, str]:
@@ -42,7 +44,7 @@ class Tracer(fx.Tracer):
         self.opaque = opaque
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        ours = type(m).__module__.startswith("vardrop.layers") or isinstance(m, CompactAttention | Select)
+        ours = type(m).__module__.startswith("vardrop.layers") or isinstance(m, _LEAVES)
         return ours or id(m) in self.opaque or super().is_leaf_module(m, module_qualified_name)
 
 
@@ -112,6 +114,8 @@ def fixed_paths(graph: fx.Graph, modules: dict[str, nn.Module], fixed: dict[int,
     for node in graph.nodes:
         if node.op == "get_attr":
             owner = str(node.target).rpartition(".")[0]
-            if owner in modules and owner:
+            if owner in modules and (
+                id(modules[owner]) in calls or type(modules[owner]).__module__.startswith("torch.")
+            ):
                 reasons[owner] = "has a parameter that is read elsewhere"
     return reasons

@@ -1,0 +1,185 @@
+"""Norms of tensors from which constant channels have been taken out: they still count in the mean and the variance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vardrop.sparsity.rebuild import Select
+from vardrop.sparsity.stream import Norm
+
+_SMALL = 1e-6
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+class CompactLayerNorm(nn.Module):
+    r"""Layer or RMS normalisation of n channels, d of which are constants that are not stored.
+
+    With mean μ and variance s² of the k = n - d others, and mean c and sum of squared deviations q of the constants
+    (Chan, Golub, LeVeque 1983),
+
+    .. math:: m = \mu + \tfrac{d}{n}(c - \mu), \qquad v = \tfrac{k}{n} s^2 + \tfrac{q}{n} + \tfrac{kd}{n^2}(c - \mu)^2
+
+    Args:
+        norm: the module to take weights from, ``nn.LayerNorm`` or ``nn.RMSNorm`` of one axis.
+        stored: ``[n]``, which channels of the input are there.
+        gone: values of the others.
+        outputs: ``[n]``, which channels of the output are wanted, of stored channels or of constants.
+    """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    moments: Tensor
+    take: Tensor | None
+    inserted: Tensor | None
+
+    def __init__(self, norm: Any, stored: Tensor, gone: Tensor, outputs: Tensor) -> None:
+        super().__init__()
+        self.size, self.stored, self.eps = len(stored), int(stored.sum()), norm.eps
+        self.centred = isinstance(norm, nn.LayerNorm)
+        values = gone[~stored]
+        centre = values.mean() if self.centred and len(values) else values.new_zeros(())
+        self.register_buffer("moments", torch.stack([centre, (values - centre).square().sum()]))
+        _outputs(self, norm, stored, gone, outputs)
+        self.to(next(norm.parameters(), gone))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float() if x.dtype in _HALVES else x
+        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        y, mean, scale = self._centred(wide, eps) if self.centred else self._root_mean_square(wide, eps)
+        if self.inserted is not None:
+            constants = (self.inserted.to(wide.dtype) - mean) * scale
+            y = torch.cat([y, constants], -1)
+        if self.take is not None:
+            y = y.index_select(-1, self.take)
+        if self.weight is not None and self.bias is not None:
+            y = torch.addcmul(self.bias, y, self.weight)
+        elif self.weight is not None:
+            y = y * self.weight
+        return y.to(x.dtype)
+
+    def _centred(self, x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Outputs of what is stored, mean of all and 1 / standard deviation of all, from torch's moments of k."""
+        n, k = self.size, self.stored
+        d = n - k
+        y, own_mean, own_scale = torch.native_layer_norm(x, [k], None, None, eps)
+        if not d:
+            return y, own_mean, own_scale
+        centre, spread = self.moments.to(x.dtype)
+        apart = centre - own_mean
+        variance = (k / n) * own_scale.square().reciprocal() + apart.square() * (k * d / n**2) + spread / n
+        scale = (variance + (d / n) * eps).rsqrt()  # the variance of k has its share of eps
+        y = torch.addcmul(apart * scale * (-d / n), y, scale / own_scale)
+        return y, own_mean + (d / n) * apart, scale
+
+    def _root_mean_square(self, x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() + self.moments[1].to(x.dtype)
+        scale = (squares / self.size + eps).rsqrt()
+        return x * scale, torch.zeros_like(scale), scale
+
+    def extra_repr(self) -> str:
+        return f"{self.stored} of {self.size} channels"
+
+
+class CompactGroupNorm(nn.Module):
+    """Group normalisation of channels some of which are constants that are not stored.
+
+    The variance of a group is the mean over its channels of their own variance and of the squared distance of their
+    mean from that of the group.
+
+    Args:
+        norm: the module to take weights from.
+        stored: ``[n]``, which channels of the input are there.
+        gone: values of the others.
+        outputs: ``[n]``, which channels of the output are wanted, of stored channels or of constants.
+    """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    member: Tensor
+    missing: Tensor
+    centre: Tensor
+    spread: Tensor
+    home: Tensor
+    group: Tensor
+    take: Tensor | None
+    inserted: Tensor | None
+
+    def __init__(self, norm: nn.GroupNorm, stored: Tensor, gone: Tensor, outputs: Tensor) -> None:
+        super().__init__()
+        groups, self.size, self.eps = norm.num_groups, norm.num_channels, norm.eps
+        self.width = self.size // groups
+        member = torch.eye(groups, dtype=gone.dtype).repeat_interleave(self.width, 0)
+        away = member[~stored]
+        values = gone[~stored]
+        centre = values @ away / away.sum(0).clamp_min(1)
+        self.register_buffer("member", member[stored])
+        self.register_buffer("missing", away.sum(0))
+        self.register_buffer("centre", centre)
+        self.register_buffer("spread", (values - away @ centre).square() @ away)
+        self.register_buffer("home", member[stored].argmax(1))
+        self.register_buffer("group", member[outputs].argmax(1))
+        _outputs(self, norm, stored, gone, outputs)
+        self.to(next(norm.parameters(), gone))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float() if x.dtype in _HALVES else x
+        positions = wide.flatten(2) if x.ndim > 2 else wide.unsqueeze(-1)
+        _, own, scales = torch.native_layer_norm(positions, positions.shape[2:], None, None, _SMALL)
+        within = (scales.square().reciprocal() - _SMALL).squeeze(-1)  # torch.var_mean is 50 times as slow
+        own = own.squeeze(-1)
+        member, missing, centre = (t.to(wide.dtype) for t in (self.member, self.missing, self.centre))
+        mean = (own @ member + missing * centre) / self.width
+        apart = (own - mean.index_select(1, self.home)).square()
+        of_constants = self.spread.to(wide.dtype) + missing * (centre - mean).square()
+        variance = ((within + apart) @ member + of_constants) / self.width
+        scale = (variance + self.eps).rsqrt().index_select(1, self.group)
+        scale = scale if self.weight is None else scale * self.weight
+        shift = -mean.index_select(1, self.group) * scale
+        shift = shift if self.bias is None else shift + self.bias
+        if self.inserted is not None:
+            constants = self.inserted.to(wide.dtype).view(-1, *[1] * (x.ndim - 2))
+            wide = torch.cat([wide, constants.expand(x.shape[0], -1, *x.shape[2:])], 1)
+        if self.take is not None:
+            wide = wide.index_select(1, self.take)
+        shape = (*scale.shape, *[1] * (x.ndim - 2))
+        return (wide * scale.view(shape) + shift.view(shape)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.home)} of {self.size} channels"
+
+
+def _outputs(small: nn.Module, norm: Any, stored: Tensor, gone: Tensor, outputs: Tensor) -> None:
+    """Where the outputs come from: their places among the stored channels, with constants that are read behind them."""
+    inserted = outputs & ~stored
+    place = stored.long().cumsum(0) - 1
+    place[inserted] = int(stored.sum()) + torch.arange(int(inserted.sum()))
+    take = place[outputs]
+    as_they_are = not inserted.any() and len(take) == int(stored.sum())
+    small.register_buffer("take", None if as_they_are else take)
+    small.register_buffer("inserted", gone[inserted] if inserted.any() else None)
+    for name in ("weight", "bias"):
+        tensor = getattr(norm, name, None)
+        if tensor is not None:
+            cut = tensor.detach()[outputs.to(tensor.device)].clone()
+            small.register_parameter(name, nn.Parameter(cut, tensor.requires_grad))
+        else:
+            small.register_parameter(name, None)
+
+
+def smaller_norm(norm: Any, rule: Norm, like: Tensor) -> nn.Module | None:
+    """What a norm becomes, with buffers like a tensor of the network; None if it stays as it is."""
+    stored, outputs = rule.source.keep, rule.out.keep
+    if stored.all() and outputs.all():
+        return None
+    small: nn.Module
+    if stored.all():  # torch's own is faster than ours
+        index = outputs.nonzero().flatten()
+        small = nn.Sequential(norm, Select(index, rule.out.dim - len(rule.node.meta["shape"])))
+    else:
+        gone = torch.where(rule.source.constant, rule.source.value, 0.0)
+        kind = CompactGroupNorm if isinstance(norm, nn.GroupNorm) else CompactLayerNorm
+        small = kind(norm, stored, gone, outputs)
+    return small.to(like).train(norm.training)
