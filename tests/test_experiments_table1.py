@@ -135,7 +135,7 @@ def test_a_reference_with_noise_of_its_own_varies_too():
 
 
 def test_the_variance_of_a_full_gradient_with_one_weight_is_that_of_equation_5():
-    """Var[g] = Var[g_i] / M + (M - 1) / M Cov, with the data's variance gone at M = N: the noise's share and Cov stay."""
+    """Var[g] = Var[g_i] / M + (M - 1) / M Cov, and no variance of the data at M = N: the noise's share and Cov."""
     size, count, data, noise, covariance = 1000, 60, 3.0, 5.0, 0.01
     row = {
         "none": data / size, "local": (data + noise) / size, "per_example": (data + noise) / size, "M": size,
