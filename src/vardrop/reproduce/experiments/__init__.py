@@ -13,6 +13,9 @@ from vardrop.reproduce.experiments import (
     kl,
     no_tuning,
     ood,
+    sparse_cifar,
+    sparse_lenet_5,
+    sparse_lenet_300_100,
     speed,
     table1,
     table1_correlated,
@@ -41,6 +44,9 @@ EXPERIMENTS: dict[str, Experiment] = {
         figure1a.EXPERIMENT,
         figure1b.EXPERIMENT,
         no_tuning.EXPERIMENT,
+        sparse_lenet_300_100.EXPERIMENT,
+        sparse_lenet_5.EXPERIMENT,
+        sparse_cifar.EXPERIMENT,
     )
 }
 

@@ -1,0 +1,300 @@
+"""Training a network until most of its weights are noise, and taking them out; for the experiments on sparsity.
+
+The recipe was chosen on 5,000 of the training images; what is reported is trained on all of them, for a number of
+epochs that is fixed beforehand, and tested once.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import vardrop as vd
+from vardrop.data import load
+from vardrop.models import build
+from vardrop.reproduce.experiment import Config, Row
+from vardrop.sparsity.same import multiply_adds
+from vardrop.training.averaging import Averages
+from vardrop.weights.modules import RandomWeights, noisy_weights
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from vardrop.reproduce.results import Result
+
+THRESHOLD = 3.0  # of log α: Molchanov et al. 2017
+POSTERIOR = vd.SparseVariationalDropout(log_variance=-8.0)
+PLAIN_BATCH = 128
+
+
+class Recipe(NamedTuple):
+    """How a network is trained; times in epochs, with Adam.
+
+    Args:
+        dense: without noise, on a learning rate that falls to zero; what sparse training begins with.
+        epochs: with noise, on a learning rate that falls linearly to zero over the last ``decay`` part of them.
+        warmup: over which the weight of the divergence grows from 0 to 1.
+        decay: see there.
+        shrink: between two times at which dead units are taken out of the network in training, which changes nothing
+            but the time.
+        finetune: without noise, at each of the sparsities, zeros kept.
+        batch: examples, with noise.
+        lr: of all of these.
+    """
+
+    dense: int
+    epochs: int
+    warmup: int
+    decay: float
+    shrink: int
+    finetune: int
+    batch: int = 128
+    lr: float = 1e-3
+
+
+def error(net: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Misclassified, in percent, in evaluation."""
+    training = net.training
+    net.eval()
+    with torch.no_grad():
+        wrong = sum(int((net(a).argmax(1) != b).sum()) for a, b in zip(x.split(1000), y.split(1000), strict=True))
+    net.train(training)
+    return 100 * wrong / len(x)
+
+
+def fit(net: nn.Module, x: Tensor, y: Tensor, epochs: int, lr: float, seed: int) -> None:
+    """Train without noise on a learning rate that falls to zero; what is left in the network is the steps' average."""
+    noise = {id(weight.noise) for weight in noisy_weights(net)}
+    parameters = [p for p in net.parameters() if id(p) not in noise]
+    adam = torch.optim.Adam(parameters, lr=lr, fused=True)
+    averages = Averages(parameters, 0.999)
+    order = torch.Generator().manual_seed(seed)
+    steps = math.ceil(len(x) / PLAIN_BATCH)
+    net.train()
+    with vd.estimator("none"):
+        for step in range(epochs * steps):
+            if step % steps == 0:
+                batches = torch.randperm(len(x), generator=order).split(PLAIN_BATCH)
+            adam.param_groups[0]["lr"] = lr * (1 - step / (epochs * steps))
+            rows = batches[step % steps]
+            loss = F.cross_entropy(net(x[rows]), y[rows])
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+            averages.update()
+    for parameter, average in zip(parameters, averages.values, strict=True):
+        parameter.data.copy_(average)
+    net.eval()
+
+
+def shrink(net: nn.Module, example: Tensor) -> nn.Module:
+    """The network in training without the units that no weight below the threshold reaches or reads."""
+    pruned = copy.deepcopy(net)
+    vd.sparsify_(pruned, threshold=THRESHOLD, allow_empty=True)
+    small: Any = vd.compact(pruned, example)
+    kept = small.compaction.kept
+    for name, module in net.named_modules():
+        if not isinstance(module, RandomWeights):
+            continue
+        old: Any = module
+        new: Any = small.get_submodule(name)
+        new = new[1] if isinstance(new, nn.Sequential) else new  # behind a selection of inputs
+        vd.convert_(new, POSTERIOR)
+        for key in ("weight", "weight_log_variance"):
+            value = old._parameters[key].detach()
+            if name in kept:
+                outputs, inputs = kept[name]
+                value = value[outputs][:, inputs]
+            new._parameters[key].data.copy_(value)
+    del small.compaction
+    small.train(net.training)
+    return small
+
+
+def train(
+    net: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    recipe: Recipe,
+    seed: int,
+    watch: Callable[[int, nn.Module], None] = lambda epoch, net: None,
+) -> nn.Module:
+    """Train a plain network with sparse variational dropout; gives the converted one, without its dead units.
+
+    ``watch`` is called after every epoch. Where units are taken out Adam's moments begin anew.
+    """
+    vd.convert_(net, POSTERIOR)
+    order = torch.Generator().manual_seed(seed)
+    steps = math.ceil(len(x) / recipe.batch)
+    net.train()
+    adam = torch.optim.Adam(net.parameters(), fused=True)
+    for epoch in range(recipe.epochs):
+        elbo = vd.ELBO(net, len(x), warmup=recipe.warmup * steps)
+        elbo.load_state_dict({"step": epoch * steps})
+        for step, rows in enumerate(torch.randperm(len(x), generator=order).split(recipe.batch)):
+            left = 1 - (epoch + step / steps) / recipe.epochs
+            adam.param_groups[0]["lr"] = recipe.lr * min(1.0, left / recipe.decay)
+            loss = elbo(F.cross_entropy(net(x[rows]), y[rows]))
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+        if (epoch + 1) % recipe.shrink == 0 and epoch + 1 < recipe.epochs:
+            net = shrink(net, x[:2])
+            adam = torch.optim.Adam(net.parameters(), fused=True)
+        watch(epoch + 1, net)
+    return net
+
+
+def weights_left(net: nn.Module) -> list[int]:
+    """How many weights of each layer are not zero (biases do not count)."""
+    return [int((p != 0).sum()) for name, p in net.named_parameters() if name.endswith("weight")]
+
+
+def remove(net: nn.Module, ratio: float, total: int) -> nn.Module:
+    """A copy that keeps the ``total / ratio`` weights of smallest log α."""
+    left = sum(weight.mean.numel() for weight in noisy_weights(net))  # units that have gone are of the total, too
+    pruned = copy.deepcopy(net)
+    vd.sparsify_(pruned, target_sparsity=max(0.0, 1 - total / ratio / left), allow_empty=True)
+    return pruned
+
+
+def enlarged(x: Tensor, times: int) -> Tensor:
+    """Images of so many times the height and width, for networks that want them larger."""
+    return x.repeat_interleave(times, -1).repeat_interleave(times, -2) if times > 1 else x
+
+
+def file_size(net: nn.Module) -> int:
+    """Bytes of a file that has been written, read again, and computes the same."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "network.vdc"
+        vd.save_compressed(net, path)
+        again = copy.deepcopy(net)
+        for parameter in again.parameters():
+            parameter.data.zero_()
+        vd.load_compressed(path, again)
+        for wanted, got in zip(net.state_dict().values(), again.state_dict().values(), strict=True):
+            if not torch.equal(wanted, got):
+                raise RuntimeError("vardrop.reproduce: a compressed file must hold the network, got another one back")
+        return path.stat().st_size
+
+
+def run_cell(config: Config) -> list[Row]:
+    """Train one network and take weights out of it: a row for every stage.
+
+    ``error`` is that of the test images in percent, ``ratio`` all weights over those that are not zero, ``bytes`` the
+    size of the file: of float32 for dense networks, else compressed.
+    """
+    torch.manual_seed(config["seed"])
+    recipe = Recipe(**{name: config[name] for name in Recipe._fields})
+    data = load(config["data"])
+    x, test_x = (enlarged(part, config["enlarge"]) for part in (data.train_x[: config["train"]], data.test_x))
+    y, test_y = data.train_y[: config["train"]], data.test_y
+    began = time.perf_counter()
+    rows: list[Row] = []
+    net = build(config["model"], tuple(x.shape[1:]), data.outputs)
+    total = sum(weights_left(net))
+    dense_bytes = 4 * sum(p.numel() for p in net.parameters())
+    example = x[:2]
+
+    def record(stage: str, net: nn.Module, target: float | None = None, **more: Any) -> None:
+        left = weights_left(net)
+        rows.append({
+            "stage": stage, "target": target, "seed": config["seed"], "error": error(net, test_x, test_y),
+            "weights": sum(left), "ratio": total / max(1, sum(left)), "by_layer": " ".join(map(str, left)),
+            **more, "seconds": round(time.perf_counter() - began, 1),
+        })  # fmt: skip
+
+    fit(net, x, y, recipe.dense, recipe.lr, config["seed"])
+    work = multiply_adds(net, (example,))
+    record("dense", net, bytes=dense_bytes, parameters=dense_bytes // 4, multiply_adds=work)
+    curve: list[Row] = []
+
+    def watch(epoch: int, net: nn.Module) -> None:
+        if epoch % max(1, recipe.epochs // 20) == 0:
+            pruned = copy.deepcopy(net)
+            report = vd.sparsify_(pruned, threshold=THRESHOLD, allow_empty=True)
+            left = report.weights - report.removed
+            curve.append(
+                {
+                    "table": "curves",
+                    "stage": "epoch",
+                    "epoch": epoch,
+                    "seed": config["seed"],
+                    "ratio": total / max(1, left),
+                }
+            )
+
+    noisy = train(net, x, y, recipe, config["seed"], watch)
+    pruned = copy.deepcopy(noisy)
+    vd.sparsify_(pruned, threshold=THRESHOLD, allow_empty=True)
+    record("log alpha > 3", pruned.eval())
+    for target in config["ratios"]:
+        pruned = remove(noisy, target, total)
+        with vd.finetune(pruned):
+            fit(pruned, x, y, recipe.finetune, recipe.lr, config["seed"])
+        record("fine-tuned", pruned, target)
+        rounded = vd.quantize_to_noise(pruned, extra=config["extra_digits"], other_digits=8)
+        small: Any = vd.compact(rounded, example)
+        size = file_size(small)
+        after, macs = small.compaction.parameters[1], small.compaction.multiply_adds[1]
+        record(
+            "in the file", small, target, bytes=size, smaller=dense_bytes / size, parameters=after, multiply_adds=macs
+        )
+    return rows + curve
+
+
+def summarise(results: list[Result]) -> list[Row]:
+    """Means and standard deviations over seeds, of every stage."""
+    rows = [row for result in results for row in result.rows if row["stage"] != "epoch"]
+    found: list[Row] = []
+    for stage, target in dict.fromkeys((row["stage"], row["target"]) for row in rows):
+        here = [row for row in rows if (row["stage"], row["target"]) == (stage, target)]
+        line: Row = {"table": "means", "stage": stage, "target": target, "seeds": len(here)}
+        for name in ("error", "ratio", "bytes", "smaller", "parameters", "multiply_adds"):
+            values = [row[name] for row in here if row.get(name) is not None]
+            if values:
+                line[name] = statistics.fmean(values)
+                line[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else None
+        found.append(line)
+    for line in found:
+        before = next((o for o in found if o["stage"] == "dense"), None)
+        if before is not None and "error" in line:
+            line["above_dense"] = line["error"] - before["error"]
+    return found
+
+
+def figure(results: list[Result], published: Sequence[tuple[str, float, float]]) -> Figure:
+    """Test error against how many times fewer weights there are, beside what others have reported.
+
+    Args:
+        results: of one experiment.
+        published: name, error in percent, ratio.
+    """
+    from matplotlib.figure import Figure
+
+    chart = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = chart.add_subplot()
+    means = summarise(results)
+    for stage, marker in (("dense", "*"), ("log alpha > 3", "D"), ("fine-tuned", "o"), ("in the file", "s")):
+        here = [row for row in means if row["stage"] == stage]
+        axes.errorbar(
+            [row["ratio"] for row in here], [row["error"] for row in here],
+            [row["error_std"] or 0.0 for row in here], marker=marker, capsize=3, label=f"ours, {stage}",
+            linestyle="-" if len(here) > 1 else "",
+        )  # fmt: skip
+    axes.scatter([p[2] for p in published], [p[1] for p in published], color="black", marker="x", label="published")
+    for name, wrong, ratio in published:
+        axes.annotate(name, (ratio, wrong), xytext=(4, 4), textcoords="offset points", fontsize=8)
+    axes.set(xscale="log", xlabel="weights of the dense network / weights left", ylabel="test error, %")
+    axes.legend(fontsize=8)
+    return chart

@@ -1,0 +1,50 @@
+"""Sparse variational dropout on LeNet-300-100 and MNIST, beside the published table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vardrop.reproduce.experiment import Config, Experiment
+from vardrop.reproduce.experiments import _sparse
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from vardrop.reproduce.claims import Claim
+    from vardrop.reproduce.results import Result
+
+PUBLISHED = (  # Molchanov, Ashukha, Vetrov 2017, table 1, and those it compares with: name, error %, ratio
+    ("pruning (Han 2015)", 1.59, 12.0),
+    ("DNS (Guo 2016)", 1.99, 56.0),
+    ("SWS (Ullrich 2017)", 1.94, 23.0),
+    ("Sparse VD", 1.92, 68.0),
+)
+
+
+def cells(scale: str) -> list[Config]:
+    """One for every seed."""
+    if scale == "smoke":
+        recipe = _sparse.Recipe(dense=2, epochs=8, warmup=2, decay=0.6, shrink=3, finetune=1)
+        size: Config = {"data": "digits", "train": 1000, "ratios": [5.0]}
+    else:
+        longer = {"cpu": 1, "gpu": 4}[scale]
+        recipe = _sparse.Recipe(10 * longer, 150 * longer, 40 * longer, decay=0.6, shrink=5, finetune=10)
+        size = {"data": "mnist", "train": 60_000, "ratios": [68.0, 100.0, 150.0]}
+    base = {"model": "lenet-300-100", **size, **recipe._asdict(), "extra_digits": 1, "enlarge": 1}
+    return [{**base, "seed": seed} for seed in range(1 if scale == "smoke" else 3)]
+
+
+def figure(results: list[Result], claims: list[Claim]) -> Figure:
+    """Error against compression, beside the published table."""
+    return _sparse.figure(results, PUBLISHED)
+
+
+EXPERIMENT = Experiment(
+    name="sparse-lenet-300-100",
+    summary="Sparse variational dropout on LeNet-300-100, MNIST: error against the number of weights, and a real file.",
+    cells=cells,
+    run_cell=_sparse.run_cell,
+    summarise=_sparse.summarise,
+    figure=figure,
+    figure_only=("curves",),
+)

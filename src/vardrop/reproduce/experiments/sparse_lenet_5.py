@@ -1,0 +1,50 @@
+"""Sparse variational dropout on LeNet-5 and MNIST, beside the published table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vardrop.reproduce.experiment import Config, Experiment
+from vardrop.reproduce.experiments import _sparse
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from vardrop.reproduce.claims import Claim
+    from vardrop.reproduce.results import Result
+
+PUBLISHED = (  # Molchanov, Ashukha, Vetrov 2017, table 1, and those it compares with: name, error %, ratio
+    ("pruning (Han 2015)", 0.77, 12.0),
+    ("DNS (Guo 2016)", 0.91, 111.0),
+    ("SWS (Ullrich 2017)", 0.97, 200.0),
+    ("Sparse VD", 0.75, 280.0),
+)
+
+
+def cells(scale: str) -> list[Config]:
+    """One for every seed."""
+    if scale == "smoke":
+        recipe = _sparse.Recipe(dense=1, epochs=2, warmup=1, decay=0.6, shrink=1, finetune=1)
+        size: Config = {"data": "digits", "train": 400, "ratios": [2.0]}
+    else:
+        longer = {"cpu": 1, "gpu": 4}[scale]
+        recipe = _sparse.Recipe(5 * longer, 45 * longer, 10 * longer, decay=0.6, shrink=1, finetune=6)
+        size = {"data": "mnist", "train": 60_000, "ratios": [280.0, 350.0]}
+    base = {"model": "lenet-5", **size, **recipe._asdict(), "extra_digits": 1, "enlarge": 2 if scale == "smoke" else 1}
+    return [{**base, "seed": seed} for seed in range(1 if scale == "smoke" else 3)]
+
+
+def figure(results: list[Result], claims: list[Claim]) -> Figure:
+    """Error against compression, beside the published table."""
+    return _sparse.figure(results, PUBLISHED)
+
+
+EXPERIMENT = Experiment(
+    name="sparse-lenet-5",
+    summary="Sparse variational dropout on LeNet-5, MNIST: error against the number of weights, and a real file.",
+    cells=cells,
+    run_cell=_sparse.run_cell,
+    summarise=_sparse.summarise,
+    figure=figure,
+    figure_only=("curves",),
+)
