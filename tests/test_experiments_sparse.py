@@ -1,0 +1,132 @@
+"""The experiments on sparsity: what they do to a network, on networks and images of a moment."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import vardrop as vd
+from vardrop.models import build
+from vardrop.reproduce.experiments import EXPERIMENTS, _sparse, sparse_cifar
+from vardrop.weights.modules import noisy_weights
+
+RECIPE = _sparse.Recipe(dense=1, epochs=4, warmup=1, decay=0.5, shrink=2, finetune=1, batch=32)
+
+
+def digits(n: int = 256) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randint(10, (n,), generator=generator)
+    return torch.eye(10)[y].repeat(1, 2) + 0.1 * torch.randn(n, 20, generator=generator), y
+
+
+@pytest.fixture(scope="module")
+def noisy() -> nn.Module:
+    """A network with units whose weights are all noise."""
+    torch.manual_seed(0)
+    net = build("mlp:12,8", (20,), 10)
+    vd.convert_(net, _sparse.POSTERIOR)
+    with torch.no_grad():
+        for weight in noisy_weights(net):
+            weight.noise.uniform_(-8, -4)
+        first, second, *_ = noisy_weights(net)
+        first.noise[3:7] = 5.0  # four dead rows
+        first.noise[:, 11] = 5.0
+        second.noise[:, 0] = 5.0  # nothing reads unit 0
+    return net
+
+
+def test_shrinking_keeps_means_rates_and_the_function_without_the_noise(noisy: nn.Module) -> None:
+    x = torch.randn(5, 20)
+    small = _sparse.shrink(noisy, x[:2])
+    shapes = [tuple(weight.mean.shape) for weight in noisy_weights(small)]
+    assert shapes == [(7, 20), (8, 7), (10, 8)]
+    pruned = copy.deepcopy(noisy)
+    vd.sparsify_(pruned, threshold=_sparse.THRESHOLD)
+    smaller = copy.deepcopy(small)
+    vd.sparsify_(smaller, threshold=_sparse.THRESHOLD)
+    torch.testing.assert_close(smaller.eval()(x), pruned.eval()(x))
+    live = [1, 2, 7, 8, 9, 10, 11]
+    (first, second, _), (mine, next_, _) = noisy_weights(noisy), noisy_weights(small)
+    torch.testing.assert_close(mine.mean, first.mean[live])
+    torch.testing.assert_close(mine.noise, first.noise[live])
+    torch.testing.assert_close(next_.noise, second.noise[:, live])
+
+
+def test_training_makes_a_network_sparse_that_still_knows_its_classes() -> None:
+    torch.manual_seed(0)
+    x, y = digits()
+    net = build("mlp:32", (20,), 10)
+    _sparse.fit(net, x, y, 40, 1e-2, seed=0)
+    assert _sparse.error(net, x, y) < 5
+    recipe = RECIPE._replace(epochs=150, warmup=30, shrink=50, lr=1e-2)
+    net = _sparse.train(net, x, y, recipe, seed=0)
+    report = vd.sparsify_(net, threshold=_sparse.THRESHOLD)
+    assert report.sparsity > 0.3
+    assert _sparse.error(net, x, y) < 10
+
+
+def test_as_many_weights_stay_as_are_asked_for(noisy: nn.Module) -> None:
+    total = sum(weight.mean.numel() for weight in noisy_weights(noisy))
+    before = [weight.mean.clone() for weight in noisy_weights(noisy)]
+    left = sum(_sparse.weights_left(_sparse.remove(noisy, 4.0, total)))
+    assert left == pytest.approx(total / 4, abs=1)
+    assert all(torch.equal(a, b.mean) for a, b in zip(before, noisy_weights(noisy), strict=True))
+
+
+def test_fine_tuning_leaves_zeros_and_noise(noisy: nn.Module) -> None:
+    x, y = digits(64)
+    net = _sparse.remove(noisy, 4.0, sum(weight.mean.numel() for weight in noisy_weights(noisy)))
+    zeros = [weight.mean == 0 for weight in noisy_weights(net)]
+    noise = [weight.noise.clone() for weight in noisy_weights(net)]
+    means = [weight.mean.clone() for weight in noisy_weights(net)]
+    with vd.finetune(net):
+        _sparse.fit(net, x, y, 2, 1e-2, seed=0)
+    for weight, gone, was, mean in zip(noisy_weights(net), zeros, noise, means, strict=True):
+        assert torch.equal(weight.mean == 0, gone)
+        assert torch.equal(weight.noise, was)
+        assert not torch.equal(weight.mean, mean)
+
+
+def test_a_file_that_gives_back_something_else_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = nn.Linear(4, 2)
+    assert _sparse.file_size(net) > 0
+    monkeypatch.setattr(vd, "load_compressed", lambda path, model: None)
+    with pytest.raises(RuntimeError, match="a compressed file must hold the network, got another one back"):
+        _sparse.file_size(net)
+
+
+def test_magnitude_pruning_removes_the_smallest() -> None:
+    net = nn.Sequential(nn.Linear(10, 10), nn.ReLU(), nn.Linear(10, 5))
+    before = torch.cat([w.detach().abs().flatten() for w in sparse_cifar.weights(net)])
+    sparse_cifar.prune_by_magnitude_(net, 0.8)
+    after = torch.cat([w.detach().abs().flatten() for w in sparse_cifar.weights(net)])
+    assert sparse_cifar.sparsity(net) == pytest.approx(0.8)
+    assert after[after > 0].min() > before[after == 0].max()
+
+
+@pytest.mark.parametrize("name", ["sparse-lenet-300-100", "sparse-lenet-5"])
+def test_stages_of_a_cell(name: str) -> None:
+    experiment = EXPERIMENTS[name]
+    (config,) = experiment.cells("smoke")
+    rows = [row for row in experiment.run_cell(config) if row["stage"] != "epoch"]
+    dense, threshold, tuned, file = rows
+    assert [row["stage"] for row in rows] == ["dense", "log alpha > 3", "fine-tuned", "in the file"]
+    assert dense["ratio"] == 1
+    assert threshold["ratio"] > 1
+    assert tuned["ratio"] == pytest.approx(config["ratios"][0], rel=1e-3)
+    assert file["bytes"] < dense["bytes"]
+    assert file["smaller"] == dense["bytes"] / file["bytes"]
+    assert file["parameters"] <= dense["parameters"]
+    assert file["multiply_adds"] <= dense["multiply_adds"]
+
+
+def test_both_sides_of_the_comparison_have_the_same_zeros() -> None:
+    (config,) = sparse_cifar.EXPERIMENT.cells("smoke")
+    rows = sparse_cifar.run_cell(config)
+    for target in config["sparsities"]:
+        pair = [row for row in rows if row["target"] == target]
+        assert [row["method"] for row in pair] == [sparse_cifar.MAGNITUDE, sparse_cifar.SPARSE]
+        assert all(row["sparsity"] == pytest.approx(target, abs=0.01) for row in pair)
