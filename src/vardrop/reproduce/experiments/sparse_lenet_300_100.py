@@ -28,7 +28,7 @@ def cells(scale: str) -> list[Config]:
         size: Config = {"data": "digits", "train": 1000, "ratios": [5.0]}
     else:
         longer = {"cpu": 1, "gpu": 4}[scale]
-        recipe = _sparse.Recipe(10 * longer, 150 * longer, 40 * longer, decay=0.6, shrink=5, finetune=10)
+        recipe = _sparse.Recipe(10, 200 * longer, 50 * longer, decay=1.0, shrink=5, finetune=10, batch=256)
         size = {"data": "mnist", "train": 60_000, "ratios": [68.0, 100.0, 150.0]}
     base = {"model": "lenet-300-100", **size, **recipe._asdict(), "extra_digits": 1, "enlarge": 1}
     return [{**base, "seed": seed} for seed in range(1 if scale == "smoke" else 3)]
