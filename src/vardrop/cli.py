@@ -157,6 +157,8 @@ def train(
     if _first_process():
         page = write(out)
         _print(_table({summary["config"]["method"]: summary}))
+        for note in summary.get("notes", []):
+            _print(f"note: {note}")
         _print(f"report: {page}")
 
 

@@ -23,6 +23,7 @@ from vardrop.sparsity.compressed import compressed_size
 from vardrop.sparsity.precision import quantize_to_noise
 from vardrop.sparsity.sparsify import SparsityReport
 from vardrop.training.evaluation import evaluate
+from vardrop.training.guessing import notes as guessing
 from vardrop.training.task import Task, measure
 
 DIGITS = 8  # significant binary digits of biases, where weights are rounded
@@ -143,6 +144,7 @@ def prune(run: OpenRun, goal: Goal, options: Options, steps: Steps) -> Pruned:
         if held is not None:
             found.validation[name] = _mistake(each, *held)
         steps.advance()
+    found.notes += guessing(run.data, found.stages["dense"][measure(run.data.task)], learned=True)
     return found
 
 

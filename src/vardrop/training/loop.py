@@ -39,6 +39,7 @@ from vardrop.training.folder import (
     claim,
     keep_epochs,
 )
+from vardrop.training.guessing import notes
 from vardrop.training.model_file import load_task, start_from_, strip
 from vardrop.training.sharding import is_sharded
 from vardrop.training.task import Categorical, Gaussian, Task, measure
@@ -318,6 +319,7 @@ class _Run:
                 "python": platform.python_version(),
             },
             "device": describe(device),
+            "notes": notes(data, scores.mistake, learned=random),
         }
         write_atomically(self.out / SUMMARY, json.dumps(summary, indent=1).encode())
         return summary
