@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks import blocks, divergence, layers, memory, peers, prediction, table, training_step
+from benchmarks import blocks, compact, divergence, layers, memory, peers, prediction, table, training_step
 from benchmarks.timing import Row
 from benchmarks.variants import HARDEST, OURS, PER_EXAMPLE
 
@@ -33,6 +33,7 @@ PLANS = {
     "per-example": Plan("a weight for every example: the MLP, minibatch of 1000, scaled from a few examples", 5, 2),
     "kl": Plan("KL divergence with its gradient, as a share of the plain step of mlp-1000", 25, 3),
     "mc-predict": Plan("vd.mc_predict of 100 passes, against a loop of 100 forwards of the same model", 7, 1),
+    "compact": Plan("inference of compacted networks, half of the units dead, against the dense ones", 15, 3),
     "memory-4096": Plan("peak memory of a training step of the MLP, minibatch of 4096", 2, 1),
 }
 
@@ -96,6 +97,8 @@ def _run(options: argparse.Namespace, say: Callable[[str], None]) -> list[Row]:
         elif name in ("drop-block", "drop-path"):
             measure = blocks.drop_blocks if name == "drop-block" else blocks.stochastic_depth
             rows += [row for row in measure(rounds, warmup) if wanted(row.variant, quick=True)]
+        elif name == "compact":
+            rows += compact.measure([each for each in compact.NETWORKS if wanted(each, quick=True)], rounds, warmup)
         elif name == "mc-predict":
             cases = [case for case in prediction.CASES if wanted(case.name, case.quick)]
             rows += prediction.measure(cases, rounds, warmup) if cases else []

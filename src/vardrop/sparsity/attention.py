@@ -154,6 +154,16 @@ def narrower(attention: nn.MultiheadAttention | CompactAttention, rule: Attend) 
     return small
 
 
+def printed(module: nn.Module) -> str:
+    """A module in a line; attention without its projections."""
+    if isinstance(module, CompactAttention):
+        channels = f"{module.q.in_features} -> {module.out_proj.out_features} channels"
+        return f"CompactAttention({module.extra_repr()}, {channels})"
+    if isinstance(module, nn.MultiheadAttention):
+        return f"MultiheadAttention(heads={module.num_heads}, {module.embed_dim} channels)"
+    return " ".join(str(module).split())
+
+
 def compact_attention(
     model: nn.Module,
     changed: dict[str, tuple[str, str]],

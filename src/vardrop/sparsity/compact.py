@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from vardrop.convert import restore_
-from vardrop.sparsity.attention import compact_attention, narrower
+from vardrop.sparsity.attention import compact_attention, narrower, printed
 from vardrop.sparsity.channels import Each, Mix, Rule, settle
 from vardrop.sparsity.encoder import put_back, write_out
 from vardrop.sparsity.norms import smaller_norm
@@ -53,8 +53,8 @@ def compact(model: nn.Module, example_input: Tensor | Sequence[Any], select_inpu
     Neurons, channels and attention heads go that nothing reads, or that are constants; the constants are folded into
     the biases behind them. This goes through Linear, convolutions, norms, activations, pooling, flatten, dropout, sums
     and concatenation, attention, and residual streams, whose constants stay as numbers in the statistics of layer and
-    group norms. Whatever else there is keeps all of its channels, and ``compaction.left`` says what that cost. The outputs are compared with the model's, on the example
-    and on random inputs, before anything is returned.
+    group norms. Whatever else there is keeps all of its channels, and ``compaction.left`` of the result says what that
+    cost. The outputs are compared with the model's, on the example and on random inputs, before anything is returned.
 
     The network is traced by ``torch.fx``. Parts whose code cannot be traced stay as they are, and what is inside of
     them is treated on its own. The model's own class is kept, unless sizes are written into its code
@@ -212,7 +212,7 @@ def compact_part(
             if isinstance(rule, Mix):
                 note_kept(report.kept, where, *kept_of(rule, select))
             if str(old) != str(new):
-                report.changed[where] = (" ".join(str(old).split()), " ".join(str(new).split()))
+                report.changed[where] = printed(old), printed(new)
         why = why_left(rule.out) if isinstance(rule, Mix | Norm | Attend | Own) else None
         if why:
             report.left[where] = why

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 TRIALS = 3
@@ -91,6 +92,11 @@ def multiply_adds(model: nn.Module, inputs: tuple[Any, ...]) -> int:
     """Multiplications (with their additions) in matrix products and convolutions on these inputs."""
     from torch.utils.flop_counter import FlopCounterMode  # here, for it is slow to import
 
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(*inputs)
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # fused layers and fused attention are not counted
+    try:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(*inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
     return counter.get_total_flops() // 2

@@ -39,6 +39,8 @@ def fixed_modules(model: nn.Module) -> dict[int, str]:
 class Tracer(fx.Tracer):
     """Modules of torch are leaves, and so are ours, and those that cannot be traced."""
 
+    proxy_buffer_attributes = True
+
     def __init__(self, opaque: set[int]) -> None:
         super().__init__()
         self.opaque = opaque

@@ -3,6 +3,7 @@
 from vardrop.reproduce.experiment import Experiment
 from vardrop.reproduce.experiments import (
     active,
+    compact,
     convergence,
     data_size,
     dropblock,
@@ -47,6 +48,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         sparse_lenet_300_100.EXPERIMENT,
         sparse_lenet_5.EXPERIMENT,
         sparse_cifar.EXPERIMENT,
+        compact.EXPERIMENT,
     )
 }
 

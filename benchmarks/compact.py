@@ -1,0 +1,142 @@
+"""Inference of compacted networks beside the dense ones, and the work that is left: ``python -m benchmarks.compact``.
+
+Half of the units die at random, as a sparse posterior leaves them: rows of weights that write a unit are zero (for the
+transformer also those that read a channel of its stream). How they died does not matter for time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+import vardrop as vd
+from benchmarks import table
+from benchmarks.blocks import residual_network
+from benchmarks.timing import Row, interleaved, summarise
+from vardrop.reproduce.experiments._compact import BandEncoder, lenet5, lenet300100
+
+GOAL = 1.5  # times the share of multiply-adds that is left, at the large batch
+BATCHES = (1, 256)
+ALIVE = 0.5
+SHAPE = (1, 28, 28)
+
+
+def _dead(units: int, generator: torch.Generator) -> Tensor:
+    return torch.randperm(units, generator=generator)[: round((1 - ALIVE) * units)]
+
+
+def _silence(writers: Iterable[nn.Module], dead: Tensor, readers: Iterable[Tensor] = ()) -> None:
+    """Units become constants: 0 with their bias, and what reads them has no weights for them."""
+    with torch.no_grad():
+        for writer in writers:
+            for name in ("weight", "bias"):
+                tensor = getattr(writer, name, None)
+                if tensor is not None:
+                    tensor[dead] = 0
+        for weight in readers:
+            weight[:, dead] = 0
+
+
+def mlp(generator: torch.Generator) -> nn.Module:
+    """LeNet-300-100 with half of its hidden units."""
+    net = lenet300100(28, (300, 100))
+    for layer in (net[1], net[3]):
+        _silence([layer], _dead(layer.out_features, generator))  # type: ignore[arg-type]
+    return net
+
+
+def lenet(generator: torch.Generator) -> nn.Module:
+    """LeNet-5 with half of its channels and hidden units."""
+    net = lenet5(28, (20, 50, 500))
+    for layer in (net[0], net[3], net[7]):
+        _silence([layer], _dead(len(layer.weight), generator))  # type: ignore[arg-type]
+    return net
+
+
+def resnet(generator: torch.Generator) -> nn.Module:
+    """Twelve residual blocks of convolutions on 3 x 32 x 32, half of the channels inside of blocks and between them."""
+    net = residual_network(lambda branch, _: _Sum(branch), width=32)
+    blocks = [module.branch for module in net.modules() if isinstance(module, _Sum)]
+    between = _dead(32, generator)
+    for branch in blocks:
+        first, norm, _, second, last = branch
+        _silence([first, norm], _dead(32, generator))
+        _silence([second, last], between)
+    _silence([net[0]], between)  # type: ignore[index]
+    return net
+
+
+class _Sum(nn.Module):
+    """x + branch(x)."""
+
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.branch(x)
+        return y
+
+
+def transformer(generator: torch.Generator) -> nn.Module:
+    """Four layers of width 128 on the rows of an image: half of the stream, of the heads and of the hidden units."""
+    net = BandEncoder(28, 1, 128, 4, 4, 256)
+    stream = _dead(128, generator)
+    for layer in net.encoder.layers:
+        attention = layer.self_attn
+        heads = (_dead(4, generator)[:, None] * 32 + torch.arange(32)).flatten()
+        _silence([layer.linear1], _dead(256, generator))
+        _silence([attention.out_proj, layer.linear2], stream, [attention.in_proj_weight, layer.linear1.weight])
+        _silence([], heads, [attention.out_proj.weight])
+    _silence([net.embed], stream, [net.head.weight])
+    return net
+
+
+NETWORKS: dict[str, tuple[Callable[[torch.Generator], nn.Module], tuple[int, ...]]] = {
+    "LeNet-300-100": (mlp, SHAPE),
+    "LeNet-5": (lenet, SHAPE),
+    "residual network": (resnet, (3, 32, 32)),
+    "transformer encoder": (transformer, SHAPE),
+}
+
+
+def measure(names: Iterable[str], rounds: int, warmup: int) -> list[Row]:
+    """Ratios of times, each beside the ratio of multiply-adds.
+
+    At one example the calls cost more than what they compute, so there is no goal. At 256 the time should fall with
+    the work; 1.5 leaves room for what is not in the multiply-adds (activations, norms, softmax, pooling, memory) and
+    for kernels that are less busy when they are narrower.
+    """
+    rows = []
+    for name in names:
+        make, shape = NETWORKS[name]
+        generator = torch.Generator().manual_seed(0)
+        dense = make(generator).eval()
+        small = vd.compact(dense, torch.randn(2, *shape, generator=generator)).eval()
+        before, after = small.compaction.multiply_adds  # type: ignore[union-attr,misc]
+        work = after / before
+        for batch in BATCHES:
+            x = torch.randn(batch, *shape, generator=generator)
+            calls = {size: _forwards(net, x, 20 if batch == 1 else 1) for size, net in (("", small), ("d", dense))}
+            pairs = interleaved({name: calls[""]}, calls["d"], rounds, warmup)[name]
+            goal = GOAL * work if batch > 1 else None
+            rows.append(
+                summarise("compact", f"{name}, batch {batch}", pairs, goal=goal, note=f"{work:.2f} of the work")
+            )
+    return rows
+
+
+def _forwards(net: nn.Module, x: Tensor, times: int) -> Callable[[], None]:
+    def run() -> None:
+        with torch.inference_mode():
+            for _ in range(times):
+                net(x)
+
+    return run
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    table.show(measure(NETWORKS, 15, 2), f"{table.device_name()}, {torch.get_num_threads()} threads: compact / dense")

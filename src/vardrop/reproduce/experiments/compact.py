@@ -1,0 +1,192 @@
+"""Compacted networks: what is left of parameters, work, error and time when whole units were learned to be noise.
+
+Each network is trained plainly, then with a rate for every output unit and a share of the divergence, sparsified at
+log α > 3, fine-tuned with its zeros held, and compacted. The share is chosen by validation images: the least work
+whose error is at most half a point above that of the plainly trained network, or else the smallest error. The time of
+inference is measured of the sparse network as it was and of the compacted one, in turn.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+import vardrop as vd
+from vardrop.reproduce.experiment import Config, Experiment, Row
+from vardrop.reproduce.experiments import _compact as networks
+from vardrop.reproduce.run import device_name
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from vardrop.reproduce.claims import Claim
+    from vardrop.reproduce.results import Result
+
+THRESHOLD = 3.0  # of log α
+ALLOWED = 0.5  # points of validation error
+SHARES = (0.02, 0.1, 0.5)  # of the divergence
+BATCHES = (1, 256)
+
+SIZES: dict[str, dict[str, tuple[int, ...]]] = {
+    "smoke": {"LeNet-300-100": (30, 10), "LeNet-5": (4, 6, 20), "ResNet": (1, 4), "transformer": (2, 8, 1, 2, 16)},
+    "cpu": {
+        "LeNet-300-100": (300, 100), "LeNet-5": (20, 50, 500), "ResNet": (1, 16), "transformer": (2, 64, 2, 4, 128),
+    },
+}  # fmt: skip
+SIZES["gpu"] = SIZES["cpu"] | {"ResNet": (2, 16), "transformer": (2, 128, 4, 4, 256)}
+SCALES: dict[str, Config] = {
+    "smoke": {"data": "digits", "side": 16, "train": 200, "validation": 100, "batch": 50, "plain": 1, "epochs": 1,
+              "warmup": 1, "finetune": 1, "rounds": 1, "seeds": 1, "shares": [0.5]},
+    "cpu": {"data": "mnist", "side": 28, "train": 10000, "validation": 5000, "batch": 100, "plain": 6, "epochs": 10,
+            "warmup": 4, "finetune": 4, "rounds": 15, "seeds": 2, "shares": SHARES},
+    "gpu": {"data": "mnist", "side": 28, "train": 50000, "validation": 10000, "batch": 100, "plain": 20, "epochs": 60,
+            "warmup": 20, "finetune": 10, "rounds": 25, "seeds": 3, "shares": SHARES},
+}  # fmt: skip
+
+
+def cells(scale: str) -> list[Config]:
+    """Networks, shares of the divergence and seeds; on the processor at every scale, for that is what is timed."""
+    shared = {key: value for key, value in SCALES[scale].items() if key not in ("seeds", "shares")}
+    shared |= {"sharing": "neuron", "unit": "output", "lr": 1e-3, "noise_lr": 1e-2}
+    return [
+        {**shared, "network": network, "size": list(size), "kl_scale": share, "seed": seed}
+        for seed in range(SCALES[scale]["seeds"])
+        for network, size in SIZES[scale].items()
+        for share in SCALES[scale]["shares"]
+    ]
+
+
+def run_cell(config: Config) -> list[Row]:
+    """A row of sizes and errors, and one of times for each size of a batch."""
+    data = networks.images(config["data"], config["train"], config["validation"], config["side"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config["seed"])
+        net = networks.network(config)
+        networks.fit(net, data.train, config, config["plain"], lambda loss: loss, config["seed"])
+        plain = copy.deepcopy(net)
+        networks.train_sparse(net, data.train, config)
+        report = vd.sparsify_(net, threshold=THRESHOLD, allow_empty=True)
+        vd.restore_(net)
+        networks.finetune(net, data.train, config)
+    small = vd.compact(net, data.train[0][:2])
+    found: Any = small.compaction
+    identity: Row = {key: config[key] for key in ("network", "kl_scale", "seed")}
+    (parameters, fewer), (work, less) = found.parameters, found.multiply_adds
+    row: Row = {
+        "table": "networks", **identity,
+        "sparsity": report.sparsity,
+        "parameters": parameters, "parameters_left": fewer,
+        "multiply_adds": work // 2, "multiply_adds_left": less // 2,  # of one example; two were counted
+        "work_ratio": less / work,
+    }  # fmt: skip
+    for name, each in (("plain", plain), ("sparse", net), ("compact", small)):
+        row[f"validation_error_{name}"] = networks.error(each, data.validation)
+        row[f"test_error_{name}"] = networks.error(each, data.test)
+    x = data.test[0]
+    timed = [times(net, small, x[:batch], config["rounds"]) for batch in BATCHES]
+    measured = [{"table": "times", **identity, **each, "work_ratio": less / work} for each in timed]
+    return [row, *measured]
+
+
+def times(dense: nn.Module, small: nn.Module, x: Tensor, rounds: int) -> Row:
+    """Processor time of a forward pass of both, measured in turn, and the median of their ratio."""
+    repeats = max(1, 32 // len(x))
+    seconds: dict[str, list[float]] = {"dense": [], "compact": []}
+    with torch.inference_mode():
+        for _ in range(rounds + 3):
+            for name, net in (("dense", dense), ("compact", small)):
+                start = time.process_time()
+                for _ in range(repeats):
+                    net(x)
+                seconds[name].append((time.process_time() - start) / repeats)
+    dense_times, small_times = (each[3:] for each in seconds.values())  # the first ones set kernels up
+    ratios = [ours / theirs for ours, theirs in zip(small_times, dense_times, strict=True)]
+    low, high = (statistics.quantiles(ratios, n=4, method="inclusive") if rounds > 1 else ratios * 3)[::2]
+    return {
+        "batch": len(x),
+        "ms_dense": 1000 * statistics.median(dense_times),
+        "ms_compact": 1000 * statistics.median(small_times),
+        "time_ratio": statistics.median(ratios),
+        "quartiles": f"{low:.3f} to {high:.3f}",
+        "threads": torch.get_num_threads(),
+        "device": device_name("cpu"),
+    }
+
+
+def summarise(results: list[Result]) -> list[Row]:
+    """Of every network and seed the share that validation images choose; means of these; the network that is worst."""
+    rows = [row for result in results for row in result.rows]
+    chosen: list[Row] = []
+    for network, seed in dict.fromkeys((row["network"], row["seed"]) for row in rows):
+        of_network = [r for r in rows if (r["network"], r["seed"]) == (network, seed)]
+        best = _choice([r for r in of_network if r["table"] == "networks"])
+        row = {key: value for key, value in best.items() if key != "table"}
+        row["error_increase"] = best["test_error_compact"] - best["test_error_plain"]
+        for each in of_network:
+            if each["table"] == "times" and each["kl_scale"] == best["kl_scale"]:
+                row[f"time_ratio_{each['batch']}"] = each["time_ratio"]
+                row[f"over_work_{each['batch']}"] = each["time_ratio"] / each["work_ratio"]
+        chosen.append({"table": "chosen", **row})
+    means: list[Row] = []
+    for network in dict.fromkeys(row["network"] for row in chosen):
+        group = [row for row in chosen if row["network"] == network]
+        mean: Row = {"table": "means", "network": network, "seeds": len(group)}
+        for column in MEANS:
+            mean[column] = statistics.fmean(row[column] for row in group)
+            if len(group) > 1:
+                mean[f"{column}_sd"] = statistics.stdev(row[column] for row in group)
+        means.append(mean)
+    worst = {column: max(row[column] for row in means) for column in ("over_work_256", "error_increase", "work_ratio")}
+    return [*chosen, *means, {"table": "worst", "networks": len(means), **worst}]
+
+
+MEANS = (
+    "parameters_left", "work_ratio", "test_error_plain", "test_error_compact", "error_increase", "time_ratio_1",
+    "time_ratio_256", "over_work_1", "over_work_256",
+)  # fmt: skip
+
+
+def _choice(rows: list[Row]) -> Row:
+    """The least work of those whose validation error is near enough to the plain network's, else the smallest error."""
+    near = [r for r in rows if r["validation_error_compact"] <= r["validation_error_plain"] + ALLOWED]
+    if near:
+        return min(near, key=lambda row: row["work_ratio"])
+    return min(rows, key=lambda row: row["validation_error_compact"])
+
+
+def figure(results: list[Result], claims: list[Claim]) -> Figure:
+    """Ratio of times against ratio of multiply-adds, of all networks that were trained."""
+    from matplotlib.figure import Figure
+
+    rows = [row for result in results for row in result.rows if row["table"] == "times"]
+    drawn = Figure(figsize=(9, 4.2), layout="constrained")
+    left, right = drawn.subplots(1, 2, sharex=True, sharey=True)
+    for axes, batch in zip((left, right), sorted({row["batch"] for row in rows}), strict=True):
+        for i, network in enumerate(dict.fromkeys(row["network"] for row in rows)):
+            points = [row for row in rows if (row["network"], row["batch"]) == (network, batch)]
+            x, y = ([row[name] for row in points] for name in ("work_ratio", "time_ratio"))
+            axes.scatter(x, y, color=f"C{i}", label=network, s=28)
+        ends = [min(row["work_ratio"] for row in rows) / 1.2, 1.1]
+        axes.plot(ends, ends, color="C7", linewidth=0.8, label="in proportion")
+        axes.plot(ends, [1.5 * end for end in ends], color="C7", linewidth=0.8, linestyle="--", label="1.5 times that")
+        axes.set(xscale="log", yscale="log", title=f"batch {batch}", xlabel="multiply-adds left")
+    left.set_ylabel("time left")
+    right.legend(fontsize="small")
+    return drawn
+
+
+EXPERIMENT = Experiment(
+    name="compact",
+    summary="Networks that were learned to be sparse by units, compacted: their size, error and measured time.",
+    cells=cells,
+    run_cell=run_cell,
+    summarise=summarise,
+    figure=figure,
+    figure_only=("times", "networks"),
+    alone=True,
+)

@@ -1,0 +1,101 @@
+"""The experiment on compaction: its cells, what one gives, what is chosen, and what is drawn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from vardrop.reproduce.experiments import _compact, compact
+from vardrop.reproduce.results import Result
+
+
+def result(rows: list[dict[str, Any]]) -> Result:
+    return Result("compact", "smoke", {}, 0, {}, None, "a processor", 1, 1.0, rows)
+
+
+def network_row(share: float, work: float, validation: float, name: str = "LeNet-5", seed: int = 0) -> dict[str, Any]:
+    errors = {f"{kind}_error_compact": value for kind, value in (("validation", validation), ("test", validation + 1))}
+    return {
+        "table": "networks", "network": name, "kl_scale": share, "seed": seed, "work_ratio": work,
+        "parameters_left": 1000 * work, "validation_error_plain": 2.0, "test_error_plain": 3.0, **errors,
+    }  # fmt: skip
+
+
+def time_rows(share: float, work: float, ratios: tuple[float, float], **about: Any) -> list[dict[str, Any]]:
+    identity = {"table": "times", "network": "LeNet-5", "seed": 0, **about, "kl_scale": share, "work_ratio": work}
+    return [{**identity, "batch": batch, "time_ratio": r} for batch, r in zip((1, 256), ratios, strict=True)]
+
+
+def test_cells_are_networks_by_shares_by_seeds() -> None:
+    for scale, count in (("smoke", 4), ("cpu", 4 * 3 * 2), ("gpu", 4 * 3 * 3)):
+        assert len(compact.EXPERIMENT.at(scale)) == count
+    assert compact.EXPERIMENT.runs_alone({})
+
+
+@pytest.mark.parametrize("cell", compact.EXPERIMENT.cells("smoke"), ids=lambda cell: cell["network"])
+def test_a_cell_gives_sizes_errors_and_times(cell: dict[str, Any]) -> None:
+    row, *timed = compact.run_cell(cell)
+    assert row["parameters_left"] <= row["parameters"]
+    assert 0 < row["work_ratio"] <= 1
+    assert row["multiply_adds"] >= row["multiply_adds_left"] > 0
+    assert row["test_error_sparse"] == pytest.approx(row["test_error_compact"], abs=0.3)  # the same function
+    assert [each["batch"] for each in timed] == [1, 256]
+    assert all(each["ms_dense"] > 0 and each["time_ratio"] > 0 for each in timed)
+    assert compact.summarise([result([row, *timed])])[-1]["networks"] == 1
+
+
+def test_validation_chooses_the_least_work_that_is_near_enough() -> None:
+    rows = [network_row(0.1, 0.5, 2.1), network_row(0.2, 0.3, 2.5), network_row(0.5, 0.1, 2.6)]
+    rows += [*time_rows(0.1, 0.5, (1.0, 0.5)), *time_rows(0.2, 0.3, (0.9, 0.36)), *time_rows(0.5, 0.1, (0.8, 0.1))]
+    chosen, mean, worst = compact.summarise([result(rows)])
+    assert (chosen["kl_scale"], chosen["time_ratio_1"], mean["seeds"]) == (0.2, 0.9, 1)
+    assert worst["over_work_256"] == pytest.approx(1.2)
+    assert worst["error_increase"] == pytest.approx(0.5)
+
+
+def test_where_none_is_near_the_smallest_error_is_taken() -> None:
+    rows = [network_row(0.1, 0.5, 3.0), network_row(0.2, 0.3, 4.0)]
+    rows += [*time_rows(0.1, 0.5, (1.0, 0.5)), *time_rows(0.2, 0.3, (0.9, 0.3))]
+    assert compact.summarise([result(rows)])[0]["kl_scale"] == 0.1
+
+
+def test_means_are_over_seeds() -> None:
+    rows = [network_row(0.1, 0.4, 2.0), network_row(0.1, 0.6, 2.2, seed=1)]
+    rows += [*time_rows(0.1, 0.4, (1.0, 0.4)), *time_rows(0.1, 0.6, (1.0, 0.6), seed=1)]
+    mean = compact.summarise([result(rows)])[-2]
+    assert (mean["work_ratio"], mean["work_ratio_sd"]) == (pytest.approx(0.5), pytest.approx(0.1414, abs=1e-3))
+
+
+def test_the_figure_has_a_panel_for_each_batch() -> None:
+    drawn = compact.figure([result([network_row(0.1, 0.4, 2.0), *time_rows(0.1, 0.4, (1.0, 0.4))])], [])
+    assert [axes.get_title() for axes in drawn.axes] == ["batch 1", "batch 256"]
+
+
+def test_images_are_padded_and_do_not_overlap() -> None:
+    data = _compact.images("digits", 200, 100, 16)
+    assert data.train[0].shape == (200, 1, 16, 16)
+    assert data.validation[0].shape[0] == 100
+    assert data.train[0][..., :4].abs().sum() == 0
+    with pytest.raises(ValueError, match="train and validation must fit into 1438 images, got 1400 and 100; take few"):
+        _compact.images("digits", 1400, 100, 16)
+
+
+def test_bands_are_the_pixels_in_order() -> None:
+    net = _compact.BandEncoder(4, 2, 8, 1, 2, 8).eval()
+    seen = []
+    net.embed.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    x = torch.arange(32.0).view(2, 1, 4, 4)
+    assert net(x).shape == (2, 10)
+    assert torch.equal(seen[0][..., :8].flatten(1), x.flatten(1))
+    assert torch.equal(seen[0][0, :, 8:], torch.eye(2))
+
+
+def test_the_noise_has_a_rate_of_its_own() -> None:
+    net = nn.Linear(3, 2)
+    assert len(_compact.optimizer(net, 0.1, 0.2).param_groups) == 1
+    _compact.vd.convert_(net, _compact.posterior({"sharing": "neuron", "unit": "output"}))
+    groups = _compact.optimizer(net, 0.1, 0.2).param_groups
+    assert [(group["lr"], len(group["params"])) for group in groups] == [(0.1, 2), (0.2, 1)]
