@@ -5,7 +5,7 @@ larger the minibatch, the cheaper is the latter. What counts is the noise for th
 pays if the variance is less than half. So one cell measures variance and seconds of a step under every estimator, the
 steps of all estimators interleaved, and the others count steps until the evidence lower bound on validation rows, per
 data point, has passed a mark. Their seconds are those steps times the seconds of a step, so that what else the machine
-does while they run does not count.
+does while they run does not count; for the same reason those of a single CPU thread are the processor's own.
 
 Each estimator has its best of the learning rates that it was run with: three, but for a weight sample per data point,
 which is too slow for that, two, the local trick's best one and its neighbour.
@@ -245,12 +245,12 @@ def figure(results: list[Result], claims: list[Claim]) -> Figure:
     rows = summarise(results)
     steps = {(row["M"], row["estimator"]): row for r in results for row in r.rows if row["table"] == "steps"}
     panels: list[tuple[str, dict[tuple[int, str], float]]] = [
-        (f"variance of the gradient of {symbol} × seconds of a step",
+        (f"variance of the gradient of {symbol}\n× seconds of a step",
          {key: row[f"variance_{name}"] * row["seconds"] for key, row in steps.items()})
         for name, symbol in (("theta", "θ"), ("log_alpha", "log α"))
     ]  # fmt: skip
     times = {(r["M"], r["estimator"]): r["seconds"] for r in rows if r["table"] == "time to the mark" and r["seconds"]}
-    panels.append(("seconds to the bound", times))
+    panels.append(("seconds to the bound\non validation rows", times))
     drawn = Figure(figsize=(11, 3.8), layout="constrained")
     for axes, (title, values) in zip(drawn.subplots(1, 3), panels, strict=True):
         for color, name in enumerate(ESTIMATORS):
@@ -268,7 +268,7 @@ def figure(results: list[Result], claims: list[Claim]) -> Figure:
         axes.minorticks_off()
         axes.set_xlabel("M")
         axes.set_title(title, fontsize="medium")
-    drawn.axes[0].legend(fontsize="small")
+    drawn.legend(*drawn.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(ESTIMATORS))
     return drawn
 
 
@@ -279,5 +279,6 @@ EXPERIMENT = Experiment(
     run_cell=run_cell,
     summarise=summarise,
     figure=figure,
+    figure_only=("runs",),
     alone=lambda config: config["part"] == "steps",
 )
