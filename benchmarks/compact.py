@@ -121,7 +121,7 @@ def measure(names: Iterable[str], rounds: int, warmup: int) -> list[Row]:
             x = torch.randn(batch, *shape, generator=generator)
             calls = {size: _forwards(net, x, 20 if batch == 1 else 1) for size, net in (("", small), ("d", dense))}
             pairs = interleaved({name: calls[""]}, calls["d"], rounds, warmup)[name]
-            goal = GOAL * work if batch > 1 else None
+            goal = round(GOAL * work, 2) if batch > 1 else None
             rows.append(
                 summarise("compact", f"{name}, batch {batch}", pairs, goal=goal, note=f"{work:.2f} of the work")
             )
