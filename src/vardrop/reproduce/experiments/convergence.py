@@ -50,14 +50,14 @@ def cells(scale: str) -> list[Config]:
     sizes = {32: 1600, 128: 1000, 1000: 400}  # minibatch -> steps at most
     rates, batches, rounds, seeds = [0.003, 0.01, 0.03], 30, 9, 2
     if scale == "smoke":
-        sizes, rates, batches, rounds, seeds = {16: 30, 64: 20}, [0.01], 4, 2, 1
+        sizes, rates, batches, rounds, seeds = {32: 40, 128: 30, 1000: 30}, [0.01], 4, 2, 1
     made: list[Config] = [
         {"part": "steps", "sizes": list(sizes), "batches": batches, "rounds": rounds,
          "before": max(sizes.values()) // 10, "seed": 0, **shared}
     ]  # fmt: skip
     for name in ESTIMATORS:
         for size, steps in sizes.items():
-            together = [[lr] for lr in SLOW.get(size, rates)] if name == "per_example" else [rates]
+            together = [[lr] for lr in SLOW[size]] if name == "per_example" and scale != "smoke" else [rates]
             for lrs, seed in itertools.product(together, range(seeds)):
                 made.append({"part": "training", "estimator": name, "M": size, "steps": steps, "lrs": lrs,
                              "looks": 80 if scale != "smoke" else 5, "seed": seed, **shared})  # fmt: skip

@@ -43,7 +43,7 @@ def cells(scale: str) -> list[Config]:
         "gpu": {"data": "mnist", "M": 1000, "average": 0.999, "repeats": 5, "singles": 10_000, "device": "cuda"},
     }[scale]
     networks: list[tuple[str, int, list[int], int]] = {  # model, minibatch of the training, epochs, seeds
-        "smoke": [("mlp:3x16", 50, [2, 6], 2)],
+        "smoke": [("mlp:3x16", 400, [10, 100], 1)],
         "cpu": [
             ("mlp:3x340", 1000, [10, 100], 1),
             ("mlp:3x100", 1000, [10, 100], 3),
@@ -143,6 +143,7 @@ def errors(results: list[Result]) -> list[Row]:
     return [
         {
             "table": "networks", "model": key[0], "training_batch": key[1], "epochs": key[2], "weights": key[3],
+            "claims_are_about_it": key[:2] == table1.network_of(results[0].config),
             "test_error": statistics.fmean(some), "smallest": min(some), "largest": max(some), "seeds": len(some),
         }
         for key, some in found.items()
