@@ -112,11 +112,12 @@ def test_stages_of_a_cell(name: str) -> None:
     experiment = EXPERIMENTS[name]
     (config,) = experiment.cells("smoke")
     rows = [row for row in experiment.run_cell(config) if row["stage"] != "epoch"]
-    dense, threshold, tuned, file = rows
-    assert [row["stage"] for row in rows] == ["dense", "log alpha > 3", "fine-tuned", "in the file"]
+    dense, threshold, tuned, file, *_ = rows
+    stages = ["dense", "log alpha > 3", *["fine-tuned", "in the file"] * len(config["ratios"])]
+    assert [row["stage"] for row in rows] == stages
     assert dense["ratio"] == 1
     assert threshold["ratio"] > 1
-    assert tuned["ratio"] == pytest.approx(config["ratios"][0], rel=1e-3)
+    assert tuned["ratio"] == pytest.approx(config["ratios"][0], rel=1e-2)
     assert file["bytes"] < dense["bytes"]
     assert file["smaller"] == dense["bytes"] / file["bytes"]
     assert file["parameters"] <= dense["parameters"]

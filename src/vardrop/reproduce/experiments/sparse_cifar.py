@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 DENSE, MAGNITUDE, SPARSE = "dense", "magnitude pruning", "sparse variational dropout"
 SIZE: dict[str, Config] = {
-    "smoke": {"sparse_epochs": 2, "warmup": 1, "finetune_epochs": 1, "sparsities": [0.5, 0.9]},
+    "smoke": {"sparse_epochs": 2, "warmup": 1, "finetune_epochs": 1, "sparsities": [0.95, 0.98]},
     "cpu": {"sparse_epochs": 40, "warmup": 10, "finetune_epochs": 10, "sparsities": [0.8, 0.9, 0.95, 0.98]},
     "gpu": {"sparse_epochs": 100, "warmup": 30, "finetune_epochs": 30, "sparsities": [0.8, 0.9, 0.95, 0.98, 0.99]},
 }

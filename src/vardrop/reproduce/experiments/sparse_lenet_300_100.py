@@ -25,7 +25,7 @@ def cells(scale: str) -> list[Config]:
     """One for every seed."""
     if scale == "smoke":
         recipe = _sparse.Recipe(dense=2, epochs=8, warmup=2, decay=0.6, shrink=3, finetune=1)
-        size: Config = {"data": "digits", "train": 1000, "ratios": [5.0]}
+        size: Config = {"data": "digits", "train": 1000, "ratios": [68.0, 100.0]}
     else:
         longer = {"cpu": 1, "gpu": 4}[scale]
         recipe = _sparse.Recipe(10, 200 * longer, 50 * longer, decay=1.0, shrink=5, finetune=10, batch=256)

@@ -25,7 +25,7 @@ def cells(scale: str) -> list[Config]:
     """One for every seed."""
     if scale == "smoke":
         recipe = _sparse.Recipe(dense=1, epochs=2, warmup=1, decay=0.6, shrink=1, finetune=1)
-        size: Config = {"data": "digits", "train": 400, "ratios": [2.0]}
+        size: Config = {"data": "digits", "train": 400, "ratios": [280.0]}
     else:
         longer = {"cpu": 1, "gpu": 4}[scale]
         recipe = _sparse.Recipe(5 * longer, 45 * longer, 10 * longer, decay=0.6, shrink=1, finetune=6)
