@@ -324,6 +324,8 @@ POSTERIORS = [
     vd.VariationalDropout(type="B", prior="gaussian"),
     vd.VariationalDropout(type="A", prior="cubic"),
     vd.SparseVariationalDropout(),
+    vd.SparseVariationalDropout(sharing="neuron"),
+    vd.SparseVariationalDropout(sharing="layer"),
     vd.GaussianPosterior(),
     vd.GaussianDropout(type="B", rate=0.3),
 ]

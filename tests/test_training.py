@@ -273,7 +273,7 @@ def test_every_method_leaves_the_files_that_others_read(method, tmp_path):
     assert Config.read(tmp_path / "config.json") == config
     assert set(summary) == {
         "test_error", "test_nll", "kl", "rates", "seconds", "epochs_run", "best_epoch", "parameters", "config",
-        "versions", "device", "data", "test_examples",
+        "versions", "device", "data", "test_examples", "notes",
     }  # fmt: skip
     learns = method not in ("none", "binary")
     random_layers = {"gaussian-a", "gaussian-b"} & {method}

@@ -23,7 +23,6 @@ from vardrop.weights.posteriors import Posterior
 from vardrop.weights.random_weight import RandomWeight
 from vardrop.weights.sparse import SparseVariationalDropout
 
-_ADDITIVE = (GaussianPosterior, SparseVariationalDropout)
 _RESETS = ("reset_parameters", "_reset_parameters")  # the second is MultiheadAttention's and Transformer's
 
 
@@ -46,12 +45,11 @@ class StackedPosterior(Posterior):
         return self._each(self.config.log_alpha, weight, noise, geometry)
 
     def kl(self, weight: Tensor, noise: Tensor, geometry: Geometry) -> Tensor:
-        if isinstance(self.config, _ADDITIVE):  # a sum over all entries as it is
+        if isinstance(self.config, GaussianPosterior):  # a sum over all entries as it is
             return self.config.kl(weight, noise, geometry)
-        if (
-            isinstance(self.config, _Multiplicative) and self.config.prior != "gaussian"
-        ):  # so many scalars for each rate
-            return self.config.kl(weight, noise, geometry) * len(noise)
+        elementwise = isinstance(self.config, _Multiplicative) and self.config.prior != "gaussian"
+        if elementwise or (isinstance(self.config, SparseVariationalDropout) and self.config.sharing == "weight"):
+            return self.config.kl(weight, noise, geometry) * len(noise)  # so many scalars for each rate
         return self._each(self.config.kl, weight, noise, geometry).sum()
 
     def random(self, weight: Tensor, noise: Tensor, geometry: Geometry) -> RandomWeight:
