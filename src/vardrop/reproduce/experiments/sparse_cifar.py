@@ -167,11 +167,13 @@ def figure(results: list[Result], claims: list[Claim]) -> Figure:
         targets = sorted({row["target"] for row in rows if row["method"] == method})
         errors = [[r["test_error"] for r in rows if (r["method"], r["target"]) == (method, t)] for t in targets]
         spread = [statistics.stdev(e) if len(e) > 1 else 0.0 for e in errors]
-        left = [100 * (1 - t) for t in targets]
+        left = [round(100 * (1 - t), 3) for t in targets]
         axes.errorbar(left, [statistics.fmean(e) for e in errors], spread, marker=marker, capsize=3, label=method)
     dense = [row["test_error"] for row in rows if row["method"] == DENSE]
     axes.axhline(statistics.fmean(dense), color="black", linestyle=":", label=DENSE)
     axes.set(xscale="log", xlabel="weights left, %", ylabel="test error, %", title="CIFAR-10, small ResNet")
+    axes.set_xticks(left, [f"{share:g}" for share in left])
+    axes.minorticks_off()
     axes.legend()
     return chart
 
