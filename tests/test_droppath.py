@@ -555,11 +555,7 @@ def test_the_benchmark_measures_what_it_says() -> None:
     rows = blocks.drop_blocks(1, 0, shape=(2, 3, 9, 8)) + blocks.stochastic_depth(1, 0, examples=3)
     assert {row.variant: row.goal for row in rows if row.goal} == {
         "drop_block": 0.1,
-        **{
-            f"{model}: StochasticDepth, {mode}": 0.8
-            for model in ("convolutions of 64", "transformer")
-            for mode in modes
-        },
+        **{f"{model}: StochasticDepth, {mode}": 0.8 for model in models for mode in modes},
     }
     assert all(row.ratio is not None for row in rows)
     table = blocks.rates_table(units=500).splitlines()
