@@ -45,8 +45,8 @@ class Recipe(NamedTuple):
         epochs: with noise, on a learning rate that falls linearly to zero over the last ``decay`` part of them.
         warmup: over which the weight of the divergence grows from 0 to 1.
         decay: see there.
-        shrink: between two times at which dead units are taken out of the network in training, which changes nothing
-            but the time.
+        shrink: between two times at which dead units are taken out of the network in training, which saves
+            time and begins the moments of Adam anew.
         finetune: without noise, at each of the sparsities, zeros kept.
         batch: examples, with noise.
         lr: of all of these.
