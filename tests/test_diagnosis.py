@@ -156,7 +156,7 @@ CONVOLUTION = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Dropout
     ids=["linear", "convolution"],
 )
 def test_k_behind_a_linear_layer_is_that_of_theory(front: nn.Module, norm: nn.Module, shape: tuple[int, ...]) -> None:
-    data = [1 + torch.randn(512, *shape) for _ in range(4)]
+    data = [1 + torch.randn(512, *shape) for _ in range(12)]
     found = only(vd.diagnose(nn.Sequential(front, norm), data))
     assert found.theory is not None
     assert found.theory > 1.1
