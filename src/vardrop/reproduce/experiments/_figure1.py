@@ -12,8 +12,10 @@ import vardrop as vd
 from vardrop.methods import METHODS, RATES, prepare
 from vardrop.models import build
 from vardrop.reproduce.experiment import Config, Row
-from vardrop.reproduce.experiments._training import Plan, fit, learned_rates, parts, take
+from vardrop.reproduce.experiments._together import fit_together
+from vardrop.reproduce.experiments._training import Best, Parts, Plan, fit, learned_rates, parts, take
 from vardrop.training.evaluation import evaluate
+from vardrop.training.task import Task
 from vardrop.weights.geometry import Geometry
 
 COMPARED = tuple(
@@ -50,24 +52,46 @@ def prepared(config: Config, spec: str, shape: tuple[int, ...], outputs: int) ->
     return model, kl_scale / 3 if reading == "a third" else kl_scale
 
 
-def network(config: Config, seed: int, spec: str, size: str, layers: tuple[str, ...]) -> Row:
-    """Train a network, and test it where its validation error was smallest.
+def networks(config: Config, spec: str, size: str, layers: tuple[str, ...]) -> list[Row]:
+    """Train networks that differ in their seed, several in one step; test each where its validation error was smallest.
 
     Args:
-        config: data, standardise, validation, epochs, batch, lr, average, device, the size,
-            and what :func:`prepared` takes.
-        seed: of the weights, the noise, the order of the rows and the rows that are kept back.
+        config: data, standardise, validation, epochs, batch, lr, average, device, the size, the first of the seeds,
+            how many of them, and what :func:`prepared` takes. A seed decides the weights, the noise, the order of the
+            rows and the rows that are kept back.
         spec: for :func:`vardrop.models.build`.
         size: the name of the column with the size.
         layers: what the inputs of every layer are called.
     """
     device = config["device"]
-    some = parts(config["data"], config["validation"], seed, device, standardise=config.get("standardise", False))
+    seeds = range(config["seed"], config["seed"] + config["seeds"])
+    standardise = config.get("standardise", False)
+    some = [parts(config["data"], config["validation"], seed, device, standardise=standardise) for seed in seeds]
     plan = Plan(config["epochs"], config["batch"], config["lr"], config["average"])
+    models = []
     with torch.random.fork_rng(devices=[0] if device == "cuda" else []):
-        torch.manual_seed(seed)
-        model, kl_scale = prepared(config, spec, some.data.shape, some.data.outputs)
-        task, best, seconds = fit(model.to(device), kl_scale, some, plan, seed)
+        for seed in seeds:
+            torch.manual_seed(seed)
+            model, kl_scale = prepared(config, spec, some[0].data.shape, some[0].data.outputs)
+            models.append(model.to(device))
+        if len(seeds) == 1:
+            trained = [fit(models[0], kl_scale, some[0], plan, seeds[0])]
+        else:
+            trained = fit_together(models, kl_scale, some, plan, seeds)
+    return [
+        _row(config, seed, part, found, size, layers) for seed, part, found in zip(seeds, some, trained, strict=True)
+    ]
+
+
+def _row(
+    config: Config,
+    seed: int,
+    some: Parts,
+    trained: tuple[Task, dict[str, Best], float],
+    size: str,
+    layers: tuple[str, ...],
+) -> Row:
+    task, best, seconds = trained
     take(task, best["error"])
     train, test = evaluate(task, task, *some.train), evaluate(task, task, *some.test)
     row: Row = {

@@ -123,12 +123,11 @@ def fit(network: nn.Module, kl_scale: float, some: Parts, plan: Plan, seed: int)
         FloatingPointError: if the loss was never finite when validation rows were looked at.
     """
     x, y = some.train
-    likelihood = Gaussian(y) if some.data.task == "regression" else Categorical()
-    task = Task(network, likelihood).to(x.device)
+    task = begin(network, some)
     elbo = vd.ELBO(task.network, len(x), kl_scale)
     groups = [
         {"params": list(task.network.parameters()), "lr": plan.lr},
-        {"params": list(likelihood.parameters()), "lr": 10 * plan.lr},  # a log precision, as in vardrop.training
+        {"params": list(task.likelihood.parameters()), "lr": 10 * plan.lr},  # a log precision, as in vardrop.training
     ]
     optimizer = torch.optim.Adam([group for group in groups if group["params"]], fused=True)
     averages = Averages(task.parameters(), plan.average)
@@ -147,16 +146,34 @@ def fit(network: nn.Module, kl_scale: float, some: Parts, plan: Plan, seed: int)
         if plan.is_look(epoch):
             with averages.swapped_in():
                 scores = evaluate(task, task, *some.validation)
-            keys = {"error": (scores.mistake, scores.nll), "nll": (scores.nll, scores.mistake)}
-            for name, key in keys.items():
-                if key < best[name].key:
-                    best[name] = Best(key, epoch, scores, [value.clone() for value in averages.values])
+            look(best, epoch, scores, averages.values)
+    all_found(best, plan.epochs)
+    return task, best, time.perf_counter() - start
+
+
+def begin(network: nn.Module, some: Parts) -> Task:
+    """A network with the likelihood of its rows, on their device."""
+    y = some.train[1]
+    likelihood = Gaussian(y) if some.data.task == "regression" else Categorical()
+    return Task(network, likelihood).to(y.device)
+
+
+@torch.no_grad()
+def look(best: dict[str, Best], epoch: int, scores: Scores, values: list[Tensor]) -> None:
+    """Keep the averaged weights where validation rows like them better than all before."""
+    keys = {"error": (scores.mistake, scores.nll), "nll": (scores.nll, scores.mistake)}
+    for name, key in keys.items():
+        if key < best[name].key:
+            best[name] = Best(key, epoch, scores, [value.detach().clone() for value in values])
+
+
+def all_found(best: dict[str, Best], epochs: int) -> None:
+    """Raise where no look at validation rows gave a finite number."""
     if not all(kept.values for kept in best.values()):
         raise FloatingPointError(
-            f"vardrop.reproduce: the loss of a network must stay finite, got {loss.item()} after {plan.epochs} epochs; "
+            f"vardrop.reproduce: the loss of a network must stay finite, got none that was after {epochs} epochs; "
             "do not trust the others of this experiment either"
         )
-    return task, best, time.perf_counter() - start
 
 
 @torch.no_grad()

@@ -35,8 +35,8 @@ def cells(scale: str) -> list[Config]:
         (wider[0], _figure1.COMPARED),
         (narrow, others),
     ]
-    networks += [(wider[0], others)] if scale != "smoke" else []
     networks += [(width, _figure1.COMPARED) for width in wider[1:]]
+    networks += [(wider[0], others)] if scale == "gpu" else []
     return [
         {"method": method, "sharing": sharing, "width": width, "seed": seed, **shared}
         | ({"reading": reading[0]} if reading else {})
@@ -48,10 +48,7 @@ def cells(scale: str) -> list[Config]:
 
 def run_cell(config: Config) -> list[Row]:
     """Train networks that differ in their seed, and test each where its validation error was smallest."""
-    return [
-        _figure1.network(config, config["seed"] + i, f"mlp:3x{config['width']}", "width", LAYERS)
-        for i in range(config["seeds"])
-    ]
+    return _figure1.networks(config, f"mlp:3x{config['width']}", "width", LAYERS)
 
 
 def figure(results: list[Result], claims: list[Claim]) -> Figure:

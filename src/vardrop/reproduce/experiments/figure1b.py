@@ -46,10 +46,7 @@ def cells(scale: str) -> list[Config]:
 
 def run_cell(config: Config) -> list[Row]:
     """Train networks that differ in their seed, and test each where its validation error was smallest."""
-    return [
-        _figure1.network(config, config["seed"] + i, f"conv:{config['k']:g}", "k", LAYERS)
-        for i in range(config["seeds"])
-    ]
+    return _figure1.networks(config, f"conv:{config['k']:g}", "k", LAYERS)
 
 
 def figure(results: list[Result], claims: list[Claim]) -> Figure:
