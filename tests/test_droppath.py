@@ -180,6 +180,20 @@ def test_the_gradient_is_that_of_the_masked_branch() -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("shortcut", [None, nn.Conv2d(2, 2, 1, dtype=torch.float64)], ids=["itself", "convolution"])
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_first_and_second_derivatives(shortcut: nn.Module | None, memory: torch.memory_format) -> None:
+    block = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1, dtype=torch.float64), nn.Tanh())
+    layer = StochasticDepth(block, 0.5, shortcut=shortcut)
+    x = torch.randn(5, 2, 3, 2, dtype=torch.float64).to(memory_format=memory).requires_grad_()
+
+    def run(x: Tensor) -> Tensor:
+        return layer(x, generator=torch.Generator().manual_seed(1))
+
+    assert torch.autograd.gradcheck(run, x)
+    assert torch.autograd.gradgradcheck(run, x)
+
+
 def test_batch_norm_inside_sees_kept_rows_only() -> None:
     norm = nn.BatchNorm2d(2, momentum=None)
     layer, x = StochasticDepth(norm, 0.5), torch.randn(8, 2, 3, 3)

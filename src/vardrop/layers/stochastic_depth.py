@@ -30,17 +30,54 @@ def _memory_order(x: Tensor) -> tuple[list[int], list[int]]:
     return order, [order.index(axis) for axis in range(x.ndim)]
 
 
-def _take_rows(x: Tensor, kept: Tensor) -> Tensor:
-    """The rows of x with the indices ``kept``, in the memory format of x."""
+class _Fork(torch.autograd.Function):
+    """x, and its rows with the indices ``kept``; the gradients of both are added in one pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(kept)
+        return x.view_as(x), x.index_select(0, kept)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (kept,) = ctx.saved_tensors
+        of_all, of_rows = gradients
+        return of_all.index_add(0, kept, of_rows), None
+
+
+class _Join(torch.autograd.Function):
+    """x + scale * rows at the indices ``kept``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kept: Tensor, rows: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(kept)
+        ctx.scale = scale
+        return x.index_add(0, kept, rows, alpha=scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, Tensor, None]:
+        (kept,) = ctx.saved_tensors
+        (of_all,) = gradients
+        return of_all, None, of_all.index_select(0, kept).mul_(ctx.scale), None
+
+
+def _take_rows(x: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """x again, and its rows with the indices ``kept``, in the memory format of x."""
+    if x.is_contiguous():
+        return _Fork.apply(x, kept)
     order, back = _memory_order(x)
-    return x.permute(order).index_select(0, kept).permute(back)
+    again, rows = _Fork.apply(x.permute(order), kept)
+    return again.permute(back), rows.permute(back)
 
 
 def _add_rows(x: Tensor, kept: Tensor, rows: Tensor, scale: float) -> Tensor:
     """x + scale * rows at the indices ``kept``, in the memory format of x."""
     both = torch.result_type(x, rows)  # autocast may have them differ
+    x, rows = x.to(both), rows.to(both)
+    if x.is_contiguous():
+        return _Join.apply(x, kept, rows, scale)
     order, back = _memory_order(x)
-    sums = x.to(both).permute(order).index_add(0, kept, rows.to(both).permute(order), alpha=scale)
+    sums: Tensor = _Join.apply(x.permute(order), kept, rows.permute(order), scale)
     return sums.permute(back)
 
 
@@ -154,7 +191,9 @@ class StochasticDepth(Rated):
         if not len(kept):
             return as_if_used(base, [self.block])
         args, kwargs = self._arguments_of(kept, x.shape[0], args, kwargs)
-        return _add_rows(base, kept, self._branch(_take_rows(x, kept), base, *args, **kwargs), scale)
+        again, rows = _take_rows(x, kept)
+        base = again if self.shortcut is None else base
+        return _add_rows(base, kept, self._branch(rows, base, *args, **kwargs), scale)
 
     def _check_told(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if any(isinstance(value, torch.Generator) for value in args):
@@ -186,7 +225,7 @@ class StochasticDepth(Rated):
                         f"vardrop.StochasticDepth: {name} must have a row for each of the {batch} examples, or one for "
                         f"all, as rows says that it has, got shape {tuple(leaf.shape)}"
                     )
-                return _take_rows(leaf, kept)
+                return _take_rows(leaf, kept)[1]
 
             return tree_map(rows, value) if name in (self.rows or ()) else value
 
