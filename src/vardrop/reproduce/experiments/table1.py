@@ -183,7 +183,7 @@ def draw(main: dict[table1.Column, list[dict[str, float]]], published: dict[tabl
     panels[0][0].plot([], [], "o", color="C0", label="ours, every seed")
     if published:
         panels[0][0].plot([], [], "D", color="C3", label="published")
-    panels[0][0].legend(fontsize="small")
+    drawn.legend(loc="outside lower center", ncols=2, fontsize="small")
     return drawn
 
 
