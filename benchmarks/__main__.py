@@ -94,9 +94,11 @@ def _run(options: argparse.Namespace, say: Callable[[str], None]) -> list[Row]:
         elif name == "layers":
             noisy = [v for v in layers.LAYERS if wanted(v.name, v.quick)]
             rows += layers.measure(noisy, rounds, warmup) if noisy else []
-        elif name in ("drop-block", "drop-path"):
-            measure = blocks.drop_blocks if name == "drop-block" else blocks.stochastic_depth
-            rows += [row for row in measure(rounds, warmup) if wanted(row.variant, quick=True)]
+        elif name == "drop-block":
+            rows += [row for row in blocks.drop_blocks(rounds, warmup) if wanted(row.variant, quick=True)]
+        elif name == "drop-path":
+            steps = 3 if options.quick else blocks.WARMUP
+            rows += [row for row in blocks.stochastic_depth(rounds, steps) if wanted(row.variant, quick=True)]
         elif name == "compact":
             rows += compact.measure([each for each in compact.NETWORKS if wanted(each, quick=True)], rounds, warmup)
         elif name == "mc-predict":

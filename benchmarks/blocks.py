@@ -23,6 +23,9 @@ from vardrop.layers.dropblock import drop_block
 
 DEPTH = 12
 TOKENS, WIDTH = 49, 128
+# A convolution is set up anew for a number of rows that it has not met: a cost of the first steps only. After so many
+# steps of twelve blocks nearly all numbers have been met.
+WARMUP = 24
 
 
 def _timm() -> Any:
@@ -157,9 +160,7 @@ def stochastic_depth(rounds: int, warmup: int, examples: int = 64) -> list[Row]:
         ("transformer", transformer, torch.randn(examples // 2, TOKENS, WIDTH)),
     ):
         steps = {name: step(network, wrap, x) for name, wrap in wraps.items()}
-        # a convolution is set up anew for a number of rows that it has not met: a cost of the first steps only, and
-        # after 24 steps of twelve blocks nearly all numbers have been met
-        pairs = interleaved(steps, step(network, plain, x), rounds, 12 * warmup)
+        pairs = interleaved(steps, step(network, plain, x), rounds, warmup)
         for name, seen in pairs.items():
             goal = 0.8 if name in notes else None
             rows.append(summarise("drop-path", f"{model}: {name}", seen, goal=goal, note=notes.get(name, "")))
@@ -168,7 +169,7 @@ def stochastic_depth(rounds: int, warmup: int, examples: int = 64) -> list[Row]:
 
 def measure(rounds: int, warmup: int) -> list[Row]:
     """All rows of this file."""
-    return drop_blocks(rounds, warmup) + stochastic_depth(rounds, warmup)
+    return drop_blocks(rounds, warmup) + stochastic_depth(rounds, WARMUP)
 
 
 def _rate(function: Callable[[Tensor], Tensor], size: tuple[int, int], units: int) -> str:
