@@ -30,7 +30,7 @@ def time_rows(share: float, work: float, ratios: tuple[float, float], **about: A
 
 
 def test_cells_are_networks_by_shares_by_seeds() -> None:
-    for scale, count in (("smoke", 4), ("cpu", 4 * 3 * 2), ("gpu", 4 * 3 * 3)):
+    for scale, count in (("smoke", 4), ("cpu", 4 * 2 * 2), ("gpu", 4 * 2 * 3)):
         assert len(compact.EXPERIMENT.at(scale)) == count
     assert compact.EXPERIMENT.runs_alone({})
 
