@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, vmap
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -180,6 +181,7 @@ def test_the_gradient_is_that_of_the_masked_branch() -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own forward mode
 @pytest.mark.parametrize("shortcut", [None, nn.Conv2d(2, 2, 1, dtype=torch.float64)], ids=["itself", "convolution"])
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
 def test_first_and_second_derivatives(shortcut: nn.Module | None, memory: torch.memory_format) -> None:
@@ -190,8 +192,15 @@ def test_first_and_second_derivatives(shortcut: nn.Module | None, memory: torch.
     def run(x: Tensor) -> Tensor:
         return layer(x, generator=torch.Generator().manual_seed(1))
 
-    assert torch.autograd.gradcheck(run, x)
+    assert torch.autograd.gradcheck(run, x, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(run, x)
+    with forward_ad.dual_level():  # of a parameter alone
+        weight = block[0].weight.detach()
+        dual = {"block.0.weight": forward_ad.make_dual(weight, torch.ones_like(weight))}
+        tangent = forward_ad.unpack_dual(
+            functional_call(layer, dual, x, {"generator": torch.Generator().manual_seed(1)})
+        )
+        assert tangent.tangent.abs().max() > 0
 
 
 def test_batch_norm_inside_sees_kept_rows_only() -> None:

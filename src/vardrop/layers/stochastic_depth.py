@@ -36,6 +36,7 @@ class _Fork(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(kept)
+        ctx.save_for_forward(kept)
         return x.view_as(x), x.index_select(0, kept)
 
     @staticmethod
@@ -44,6 +45,11 @@ class _Fork(torch.autograd.Function):
         of_all, of_rows = gradients
         return of_all.index_add(0, kept, of_rows), None
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> tuple[Tensor, Tensor]:
+        (kept,) = ctx.saved_tensors
+        return tangents[0].view_as(tangents[0]), tangents[0].index_select(0, kept)
+
 
 class _Join(torch.autograd.Function):
     """x + scale * rows at the indices ``kept``."""
@@ -51,6 +57,7 @@ class _Join(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, kept: Tensor, rows: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(kept)
+        ctx.save_for_forward(kept)
         ctx.scale = scale
         return x.index_add(0, kept, rows, alpha=scale)
 
@@ -59,6 +66,11 @@ class _Join(torch.autograd.Function):
         (kept,) = ctx.saved_tensors
         (of_all,) = gradients
         return of_all, None, of_all.index_select(0, kept).mul_(ctx.scale), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        (kept,) = ctx.saved_tensors
+        return tangents[0].index_add(0, kept, tangents[2], alpha=ctx.scale)
 
 
 def _take_rows(x: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
