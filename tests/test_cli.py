@@ -3,7 +3,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import subprocess
 import sys
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 import vardrop
+from commands import refused
 from vardrop import cli
 from vardrop.methods import METHODS
 from vardrop.training import Config
@@ -28,21 +28,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def vardrop_(capsys, monkeypatch):
-    """Run the command line: its exit status, and what it said on either stream."""
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.delenv("RANK", raising=False)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            cli.main([str(argument) for argument in arguments])
-        said = capsys.readouterr()
-        return ended.value.code, said.out, said.err
-
-    return run
 
 
 def test_train_writes_the_folder_and_says_what_came_out(vardrop_, tmp_path):
@@ -69,13 +54,6 @@ def test_resume_takes_the_options_that_are_left_out_from_the_run(vardrop_, tmp_p
     status, _, err = vardrop_("train", "--out", tmp_path, "--resume", "--lr", 0.1)
     assert status == 2
     assert "holds a run with other options (lr 0.01 there and 0.1 here)" in err
-
-
-def refused(result: tuple[int, str, str], words: str) -> None:
-    status, _, err = result
-    assert status == 2
-    assert re.fullmatch(r"vardrop: error: .*\n", err), err  # one line, no traceback
-    assert re.search(words, err), err
 
 
 @pytest.mark.parametrize(

@@ -16,13 +16,13 @@ from torch import nn
 
 import planted
 import vardrop as vd
-from vardrop import cli
+from commands import Result, refused
 from vardrop.diagnosis.record import record
 from vardrop.report import diagnosis_figures as figures
 from vardrop.report.diagnosis import headline, small, write_diagnosis
 from vardrop.training import Config, train
 
-Run = Callable[..., tuple[int, str, str]]
+Run = Callable[..., Result]
 
 FACTORY = """
 import torch
@@ -43,21 +43,6 @@ def nothing():
 
 
 @pytest.fixture
-def vardrop_(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run the command line: its exit status, and what it said on either stream."""
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.delenv("RANK", raising=False)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            cli.main([str(argument) for argument in arguments])
-        said = capsys.readouterr()
-        return int(str(ended.value.code)), said.out, said.err
-
-    return run
-
-
-@pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with a module of models, where the command is run."""
     (tmp_path / "my_nets.py").write_text(FACTORY)
@@ -65,13 +50,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield tmp_path
     sys.modules.pop("my_nets", None)
-
-
-def refused(result: tuple[int, str, str], words: str) -> None:
-    status, _, err = result
-    assert status == 2
-    assert re.fullmatch(r"vardrop: error: .*\n", err), err  # one line, no traceback
-    assert re.search(words, err), err
 
 
 def test_a_factory_is_diagnosed_and_cured(here: Path, vardrop_: Run) -> None:

@@ -11,33 +11,11 @@ import torch
 from safetensors import safe_open
 
 import vardrop as vd
-from vardrop import cli
+from commands import refused
 from vardrop.evaluation.runs import open_run
 from vardrop.pruning import exporting, load_network
 from vardrop.training import Config, train
 from vardrop.training.files import read_tensors, write_tensors
-
-
-@pytest.fixture
-def vardrop_(capsys, monkeypatch):
-    """Run the command line: its exit status, and what it said on either stream."""
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.delenv("RANK", raising=False)
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as ended:
-            cli.main([str(argument) for argument in arguments])
-        said = capsys.readouterr()
-        return ended.value.code, said.out, said.err
-
-    return run
-
-
-def refused(result, words):
-    status, _, err = result
-    assert status == 2
-    assert re.fullmatch(r"vardrop: error: .*\n", err), err
-    assert re.search(words, err), err
 
 
 def with_zeros(folder, **options):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import vardrop as vd
-from vardrop import cli
+from commands import refused
 from vardrop.data import load
 from vardrop.evaluation.answers import Classes, Numbers, Passes, answer, with_temperature
 from vardrop.evaluation.evaluate import evaluate
@@ -21,28 +21,6 @@ from vardrop.evaluation.measures import of_numbers, selection, strangeness
 from vardrop.evaluation.output import write_table
 from vardrop.evaluation.runs import open_run
 from vardrop.training import Config, train
-
-
-@pytest.fixture
-def vardrop_(capsys, monkeypatch):
-    """Run the command line: its exit status, and what it said on either stream."""
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.delenv("RANK", raising=False)
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as ended:
-            cli.main([str(argument) for argument in arguments])
-        said = capsys.readouterr()
-        return ended.value.code, said.out, said.err
-
-    return run
-
-
-def refused(result, words):
-    status, _, err = result
-    assert status == 2
-    assert re.fullmatch(r"vardrop: error: .*\n", err), err  # one line, no traceback
-    assert re.search(words, err), err
 
 
 def trained(folder, **options):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import vardrop as vd
+from commands import refused
 from vardrop import cli
 from vardrop.evaluation.runs import open_run
 from vardrop.models import build
@@ -22,28 +23,6 @@ from vardrop.pruning.sweep import Position, sweep, thresholds, with_chosen
 from vardrop.training import Config, train
 from vardrop.training.evaluation import evaluate
 from vardrop.training.files import read_tensors
-
-
-@pytest.fixture
-def vardrop_(capsys, monkeypatch):
-    """Run the command line: its exit status, and what it said on either stream."""
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.delenv("RANK", raising=False)
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as ended:
-            cli.main([str(argument) for argument in arguments])
-        said = capsys.readouterr()
-        return ended.value.code, said.out, said.err
-
-    return run
-
-
-def refused(result, words):
-    status, _, err = result
-    assert status == 2
-    assert re.fullmatch(r"vardrop: error: .*\n", err), err  # one line, no traceback
-    assert re.search(words, err), err
 
 
 def trained(folder, **options):

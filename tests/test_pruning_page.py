@@ -1,9 +1,7 @@
 """The page of `vardrop prune`: invented numbers in, and the page must say them, by itself and when the slider moves."""
 
 import copy
-import os
 import re
-import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +10,6 @@ from vardrop.report import pruning_figures as figures
 from vardrop.report.pruning import write_pruning
 from vardrop.report.pruning_words import headline, part, settings, size, smaller, stages, times, totals, tuned
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
 THIN = "\N{NARROW NO-BREAK SPACE}"
 WEIGHTS = [4 * 16, 4 * 3]
 
@@ -215,40 +212,12 @@ class TestPage:
 
 
 @pytest.fixture(scope="module")
-def browser():
-    """A headless browser, where there is one."""
-    told = os.environ.get("VARDROP_BROWSER")
-    path = told or next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.skip(f"no browser: VARDROP_BROWSER names none, and none of {', '.join(BROWSERS)} is on the path")
-    library = pytest.importorskip("playwright.sync_api", reason="playwright, of the extra dev, drives the browser")
-    quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-    with library.sync_playwright() as driver:
-        open_ = driver.chromium.launch(executable_path=path, args=quiet)
-        yield open_
-        open_.close()
-
-
-@pytest.fixture(scope="module")
 def written(tmp_path_factory):
     found = make_found()
     return write_pruning(found, tmp_path_factory.mktemp("page") / "index.html"), found
 
 
 class TestInABrowser:
-    @pytest.fixture
-    def page(self, browser):
-        """A page without a network, that must not complain."""
-        context = browser.new_context(offline=True)
-        page = context.new_page()
-        complaints = []
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
-        page.on("request", lambda request: complaints.append(request.url) if request.url.startswith("http") else None)
-        yield page
-        context.close()
-        assert complaints == []
-
     PARTS = ("asked", "left", "share", "error", "size", "words")
 
     def shown(self, page):

@@ -3,9 +3,7 @@
 import copy
 import json
 import math
-import os
 import re
-import shutil
 
 import numpy as np
 import pytest
@@ -18,7 +16,6 @@ from vardrop.report.uncertainty import Group, start, write_uncertainty
 from vardrop.report.uncertainty_words import headline, honesty, positions
 from vardrop.uncertainty import risk_coverage
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
 THIN = "\N{NARROW NO-BREAK SPACE}"
 
 
@@ -285,40 +282,12 @@ class TestPage:
 
 
 @pytest.fixture(scope="module")
-def browser():
-    """A headless browser, where there is one."""
-    told = os.environ.get("VARDROP_BROWSER")
-    path = told or next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.skip(f"no browser: VARDROP_BROWSER names none, and none of {', '.join(BROWSERS)} is on the path")
-    library = pytest.importorskip("playwright.sync_api", reason="playwright, of the extra dev, drives the browser")
-    quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-    with library.sync_playwright() as driver:
-        open_ = driver.chromium.launch(executable_path=path, args=quiet)
-        yield open_
-        open_.close()
-
-
-@pytest.fixture(scope="module")
 def written(tmp_path_factory):
     evaluation = make_evaluation()
     return write_uncertainty(evaluation, make_groups(), tmp_path_factory.mktemp("page") / "evaluation.html"), evaluation
 
 
 class TestInABrowser:
-    @pytest.fixture
-    def page(self, browser):
-        """A page without a network, that must not complain."""
-        context = browser.new_context(offline=True)
-        page = context.new_page()
-        complaints = []
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
-        page.on("request", lambda request: complaints.append(request.url) if request.url.startswith("http") else None)
-        yield page
-        context.close()
-        assert complaints == []
-
     def shown(self, page):
         parts = ("asked", "handed", "left", "caught", "rule", "words")
         return {part: page.text_content(f"#hand-{part}") for part in parts}
