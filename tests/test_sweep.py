@@ -209,6 +209,7 @@ def started(tmp_path: Path, jobs: int) -> tuple[subprocess.Popen, dict]:
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD.format(**names, jobs=str(jobs))],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what runs in the background ignores it
     )  # fmt: skip
     log, until = tmp_path / "log", time.monotonic() + 120
     while not log.exists() or log.read_text().count("\n") < 2 + jobs or len(rows(tmp_path / "results")) < 2:
