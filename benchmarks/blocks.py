@@ -167,11 +167,6 @@ def stochastic_depth(rounds: int, warmup: int, examples: int = 64) -> list[Row]:
     return rows + missing
 
 
-def measure(rounds: int, warmup: int) -> list[Row]:
-    """All rows of this file."""
-    return drop_blocks(rounds, warmup) + stochastic_depth(rounds, WARMUP)
-
-
 def _rate(function: Callable[[Tensor], Tensor], size: tuple[int, int], units: int) -> str:
     """The share of units that a function drops, or that it refuses the map."""
     maps = max(2, units // (size[0] * size[1]))
@@ -209,7 +204,7 @@ def main() -> None:
         return
     threads = torch.get_num_threads()
     title = f"{table.device_name()}, {threads} threads, torch {torch.__version__}: ratios to timm, and to no drop"
-    table.show(measure(rounds=15, warmup=2), title)
+    table.show(drop_blocks(15, 2) + stochastic_depth(15, WARMUP), title)
 
 
 if __name__ == "__main__":

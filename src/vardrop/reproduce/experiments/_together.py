@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import vardrop as vd
-from vardrop.reproduce.experiments._training import Best, Parts, Plan, all_found, begin, look
+from vardrop.reproduce.experiments._training import Best, Parts, Plan, adam, all_found, begin, look, step
 from vardrop.training import Averages
 from vardrop.training.evaluation import evaluate
 from vardrop.training.task import Task
@@ -47,10 +47,7 @@ def fit_together(
     x, y = (torch.stack([part.train[i] for part in some]) for i in (0, 1))
     device = x.device
     elbo = vd.ELBO(ensemble, x.shape[1], kl_scale)
-    likelihoods = [p for name, p in ensemble.named_parameters() if ".likelihood." in name]
-    others = [p for name, p in ensemble.named_parameters() if ".likelihood." not in name]
-    groups = [{"params": others, "lr": plan.lr}, {"params": likelihoods, "lr": 10 * plan.lr}]
-    optimizer = torch.optim.Adam([group for group in groups if group["params"]], fused=True)
+    optimizer = adam(ensemble, plan.lr)
     averages = Averages(ensemble.parameters(), plan.average)
     orders = [torch.Generator().manual_seed(seed) for seed in seeds]
     each = torch.arange(len(seeds), device=device)[:, None]
@@ -62,11 +59,7 @@ def fit_together(
         shuffled = torch.stack([torch.randperm(x.shape[1], generator=order) for order in orders]).to(device)
         for rows in shuffled.split(plan.batch, dim=1):
             _, nll = ensemble(x[each, rows], y[each, rows], per_member=True)
-            loss = elbo(nll.mean(1).sum())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            averages.update()
+            step(elbo(nll.mean(1).sum()), optimizer, averages)
         if plan.is_look(epoch):
             with averages.swapped_in():
                 members: list[Any] = ensemble.members()

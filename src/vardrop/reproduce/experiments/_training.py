@@ -125,11 +125,7 @@ def fit(network: nn.Module, kl_scale: float, some: Parts, plan: Plan, seed: int)
     x, y = some.train
     task = begin(network, some)
     elbo = vd.ELBO(task.network, len(x), kl_scale)
-    groups = [
-        {"params": list(task.network.parameters()), "lr": plan.lr},
-        {"params": list(task.likelihood.parameters()), "lr": 10 * plan.lr},  # a log precision, as in vardrop.training
-    ]
-    optimizer = torch.optim.Adam([group for group in groups if group["params"]], fused=True)
+    optimizer = adam(task, plan.lr)
     averages = Averages(task.parameters(), plan.average)
     order = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
@@ -138,11 +134,7 @@ def fit(network: nn.Module, kl_scale: float, some: Parts, plan: Plan, seed: int)
     task.train()
     for epoch in range(1, plan.epochs + 1):
         for rows in torch.randperm(len(x), generator=order).to(x.device).split(plan.batch):
-            loss = elbo(task(x[rows], y[rows])[1].mean())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            averages.update()
+            step(elbo(task(x[rows], y[rows])[1].mean()), optimizer, averages)
         if plan.is_look(epoch):
             with averages.swapped_in():
                 scores = evaluate(task, task, *some.validation)
@@ -158,13 +150,30 @@ def begin(network: nn.Module, some: Parts) -> Task:
     return Task(network, likelihood).to(y.device)
 
 
+def adam(tasks: nn.Module, lr: float) -> torch.optim.Adam:
+    """Adam for one task or several; a log precision learns ten times as fast, as in :mod:`vardrop.training`."""
+    named = list(tasks.named_parameters())
+    precisions = [p for name, p in named if "likelihood." in name]
+    others = [p for name, p in named if "likelihood." not in name]
+    groups = [{"params": others, "lr": lr}, {"params": precisions, "lr": 10 * lr}]
+    return torch.optim.Adam([group for group in groups if group["params"]], fused=True)
+
+
+def step(loss: Tensor, optimizer: torch.optim.Optimizer, averages: Averages) -> None:
+    """One step down the loss, which the averages take in."""
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    averages.update()
+
+
 @torch.no_grad()
 def look(best: dict[str, Best], epoch: int, scores: Scores, values: list[Tensor]) -> None:
     """Keep the averaged weights where validation rows like them better than all before."""
     keys = {"error": (scores.mistake, scores.nll), "nll": (scores.nll, scores.mistake)}
     for name, key in keys.items():
         if key < best[name].key:
-            best[name] = Best(key, epoch, scores, [value.detach().clone() for value in values])
+            best[name] = Best(key, epoch, scores, [value.clone() for value in values])
 
 
 def all_found(best: dict[str, Best], epochs: int) -> None:

@@ -1,9 +1,9 @@
 """Compacted networks: what is left of parameters, work, error and time when whole units were learned to be noise.
 
 Each network is trained plainly for some epochs, then with a rate for every output unit and a share of the divergence,
-sparsified at log α > 3, fine-tuned with its zeros held, and compacted. The divergence grows in slowly and the noise
-learns slowly: else the units of a layer, each of which the others can replace, all go before some of them take over.
-Validation images choose the share: the least
+sparsified at log α > 3, fine-tuned with its zeros held, and compacted. The divergence grows in over half of
+the epochs. At a share of 0.3 of it and above LeNet-5 collapsed, and at 0.1 next to nothing of the transformer went: so
+the shares that are tried are another pair for every network. Validation images choose the share: the least
 work whose error is at most half a point above that of the network trained plainly for as long, or else the smallest
 error. The time of inference is measured of the sparse network as it was and of the compacted one, in turn.
 """
