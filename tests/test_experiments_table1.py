@@ -26,40 +26,46 @@ def trained_a_little(type_: str = "B", sharing: str = "weight") -> tuple[nn.Modu
     return network, (x, y)
 
 
-def test_a_weight_sample_per_data_point_follows_from_single_examples():
+def test_both_weight_samples_follow_from_products_of_two_examples():
+    """Eq. 5 against minibatches that the library draws: one weight sample per data point, and one for all of them."""
     network, data = trained_a_little()
     generator = torch.Generator().manual_seed(0)
-    parts, repeats = 8, 50
-    count = repeats * (N // M)
-    direct = [measure.moments(network, data, "per_example", M, repeats, generator) for _ in range(parts)]
-    singles = [measure.single_moments(network, data, 250, generator) for _ in range(parts)]
+    parts, repeats = 8, 100
+    direct = {
+        name: [measure.moments(network, data, name, M, repeats, generator) for _ in range(parts)]
+        for name in ("local", "per_example", "per_minibatch")
+    }
+    products = [measure.products(network, data, 15, repeats, generator) for _ in range(parts)]
     correction = (N - 1) / (N - M)  # minibatches without replacement; here for noise and data alike, hence at most
-    for key in direct[0]:
-        squared_mean = sum(part[key][1] for part in direct).div(parts).square().mean().item()
-        squared_mean -= direct[0][key][0] / (parts * count)
-        measured = torch.tensor([part[key][0] for part in direct], dtype=torch.float64)
-        shortcut = torch.tensor([(part[key] - squared_mean) / M for part in singles], dtype=torch.float64)
-        error = (measured.var() / parts + shortcut.var() / parts).sqrt().item()
-        low, high = measured.mean().item() - 4 * error, correction * measured.mean().item() + 4 * error
-        assert low < shortcut.mean().item() < high, key
-        assert error < 0.2 * measured.mean().item(), "a test that could not fail"
+    for key in products[0]:
+        squared_mean = sum(part[key][1] for part in direct["local"]).div(parts).square().mean().item()
+        squared_mean -= direct["local"][0][key][0] / (parts * repeats * (N // M))
+        per_example = torch.tensor([part[key].same - squared_mean for part in products]).double() / M
+        covariance = torch.tensor([part[key].other - squared_mean for part in products]).double() * (1 - 1 / M)
+        for name, found in (("per_example", per_example), ("per_minibatch", per_example + covariance)):
+            measured = torch.tensor([part[key][0] for part in direct[name]], dtype=torch.float64)
+            error = (measured.var() / parts + found.var() / parts).sqrt().item()
+            low, high = measured.mean().item() - 4 * error, correction * measured.mean().item() + 4 * error
+            assert low < found.mean().item() < high, (key, name)
+            assert error < 0.1 * measured.mean().item(), "a test that could not fail"
 
 
-def test_examples_that_are_drawn_more_often_count_less():
-    """Without noise the mean over examples is known exactly."""
+def test_products_without_noise_are_those_of_the_gradients():
     network, (x, y) = trained_a_little()
     for name, parameter in network.named_parameters():
         if name.endswith("log_alpha"):
-            nn.init.constant_(parameter, -30.0)
+            nn.init.constant_(parameter, -60.0)
     weights = [dict(network.named_parameters())[name] for name in ("4.weight", "0.weight")]
     each = [torch.autograd.grad(F.cross_entropy(network(x[i : i + 1]), y[i : i + 1]), weights) for i in range(N)]
-    exact = {layer: sum(g[k].square().mean().item() for g in each) / N for k, layer in enumerate(("top", "bottom"))}
-    generator = torch.Generator().manual_seed(0)
-    found = [measure.single_moments(network, (x, y), 100, generator) for _ in range(10)]
-    for layer, expected in exact.items():
-        drawn = torch.tensor([part[layer, "theta"] for part in found])
-        assert abs(drawn.mean().item() - expected) < 4 * drawn.std().item() / 10**0.5
-        assert drawn.std().item() < 0.5 * expected
+    found = measure.products(network, (x, y), N, 1, torch.Generator().manual_seed(0))
+    for k, layer in enumerate(("top", "bottom")):
+        gradients = torch.stack([example[k] for example in each]).double()
+        squares = gradients.square().sum(0)
+        assert found[layer, "theta"].same == pytest.approx(squares.mean().item() / N, rel=1e-4)
+        others = (gradients.sum(0).square() - squares).mean().item() / (N * (N - 1))
+        assert found[layer, "theta"].other == pytest.approx(others, rel=1e-4, abs=1e-7)
+        assert found[layer, "log alpha"].same == pytest.approx(0, abs=1e-12)
+    assert network.training
 
 
 def test_type_a_has_a_sample_for_every_data_point_already():
@@ -96,7 +102,7 @@ def test_without_noise_the_mean_is_the_full_gradient():
 
 def test_measuring_does_not_change_the_training():
     (config,) = [cell.config for cell in table1.EXPERIMENT.at("smoke") if cell.config["seed"] == 0]
-    few = {**config, "singles": 20, "repeats": 1}
+    few = {**config, "repeats": 1}
     once = _table1.run_cell({**few, "marks": [3]})
     twice = _table1.run_cell({**few, "marks": [1, 2, 3]})[-len(once) :]
     assert once == twice

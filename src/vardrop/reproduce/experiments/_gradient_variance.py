@@ -1,8 +1,9 @@
 """The noise of minibatch gradients around the full-batch gradient, for the layers at both ends of a trained network.
 
-A weight sample for every data point takes as long as M minibatches of one, and that is all it is: the examples of a
-minibatch are independent, so the variance is Var[g_i] / M with g_i the gradient of one example and one weight sample
-(eq. 5 with Cov = 0). Its mean is known from the local trick, whose gradient has the same mean, so only E[g_i²] is left.
+For weight samples this is eq. 5: with g_i the gradient of one example, the variance is Var[g_i] / M, and (1 - 1/M)
+Cov[g_i, g_j] more where all examples of a minibatch share one sample. The mean is known from the local trick, whose
+gradient has the same, so E[g_i²] and E[g_i g_j] are left, and all examples tell of both. That matters in a trained
+network, where few examples with large gradients make most of either: drawing some of them is far too noisy.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 import vardrop as vd
@@ -101,43 +103,76 @@ def moments(
     return {key: (v, mean) for key, v, mean in zip(named, found.variances, found.mean, strict=True)}
 
 
-def single_moments(network: nn.Module, data: Pair, examples: int, generator: torch.Generator) -> dict[Key, float]:
-    """E[g_i²] for the gradient of one example's loss under one weight sample, averaged over entries, for both ends.
+class Products(NamedTuple):
+    """Mean products of the gradients of two examples, averaged over entries."""
 
-    Examples with large gradients are few in a trained network and make most of it. They are drawn more often: three in
-    four draws with a probability proportional to the squared gradient at the outputs, one in four uniformly. Each
-    counts in inverse proportion to its probability, so the mean is that over the data.
+    same: float  # E[g_i²]
+    other: float  # E[g_i g_j] of two examples under one weight sample
+
+
+def products(
+    network: nn.Module, data: Pair, together: int, repeats: int, generator: torch.Generator
+) -> dict[Key, Products]:
+    """Mean products of single examples' gradients with one weight sample for several of them, for both ends.
+
+    With w = θ (1 + √α ε), inputs x and gradients δ at the outputs, an example's gradient is δ x ∂w/∂θ entry by entry,
+    so the squares of all examples sum to (Σ δ² x²) (∂w/∂θ)². Their expectation does not depend on how many examples
+    share a weight sample.
 
     Args:
-        network: trained, with random weights.
+        network: trained, of linear layers with a rate for every weight (type B).
         data: the training set.
-        examples: how many to draw.
+        together: examples that share a weight sample.
+        repeats: passes over the data.
         generator: of the examples; the noise comes from torch's default one.
     """
-    x, y = data
-    named = parameters_at(network, ends(network))
-    total = dict.fromkeys(named, 0.0)
-    with in_training(network):
-        chances = 0.25 / len(x) + 0.75 * _output_gradients(network, data)
-        for row in torch.multinomial(chances.cpu(), examples, replacement=True, generator=generator).tolist():
-            with vd.estimator("per_example"):
-                loss = F.cross_entropy(network(x[row : row + 1]), y[row : row + 1])
-            weight = 1 / (len(x) * chances[row].item() * examples)
-            for key, gradient in zip(named, torch.autograd.grad(loss, list(named.values())), strict=True):
-                total[key] += weight * gradient.square().mean().item()
-    return total
+    where = ends(network)
+    passing: dict[str, tuple[Tensor, Tensor]] = {}
+    hooks = [
+        network.get_submodule(name).register_forward_hook(
+            lambda _, inputs, outputs, layer=layer: passing.update({layer: (inputs[0].detach(), outputs)})
+        )
+        for layer, name in where._asdict().items()
+    ]
+    total: dict[Key, Tensor] = {}
+    count = repeats * (len(data[0]) // together)
+    training = network.training
+    network.eval()  # as plain layers, with the samples for weights
+    for _ in range(repeats):
+        for x, y in minibatches(data, together, generator):
+            weights, derivatives = _drawn(network, where)
+            loss = F.cross_entropy(functional_call(network, weights, x), y, reduction="sum")
+            gradients = torch.autograd.grad(loss, [passing[layer][1] for layer in where._fields])
+            for layer, delta in zip(where._fields, gradients, strict=True):
+                inputs = passing[layer][0]
+                squares, summed = delta.square().T @ inputs.square(), (delta.T @ inputs).square()
+                for name, derivative in derivatives[layer].items():
+                    found = torch.stack(
+                        [(part * derivative.square()).mean(dtype=torch.float64) for part in (squares, summed)]
+                    )
+                    total[layer, name] = total.get((layer, name), 0) + found
+    for hook in hooks:
+        hook.remove()
+    network.train(training)
+    return {
+        key: Products(square / (count * together), (summed - square) / (count * together * (together - 1)))
+        for key, (square, summed) in ((key, found.tolist()) for key, found in total.items())
+    }
 
 
 @torch.no_grad()
-def _output_gradients(network: nn.Module, data: Pair) -> Tensor:
-    """For every example the squared gradient of the loss at the outputs, from one local draw; together they are 1."""
-    x, y = data
-    parts = []
-    for inputs, labels in zip(x.split(1000), y.split(1000), strict=True):
-        outputs = network(inputs)
-        parts.append((outputs.softmax(1) - F.one_hot(labels, outputs.shape[1])).square().sum(1))
-    squares = torch.cat(parts).double()
-    return squares / squares.sum()
+def _drawn(network: nn.Module, where: Ends) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """A sample of all weights, by the names of the parameters; for both ends, its derivatives by θ and by log α."""
+    samples = {}
+    derivatives = {}
+    layers = {name: layer for layer, name in where._asdict().items()}
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear):
+            noise = torch.randn_like(module.weight) * module.get_parameter("weight_log_alpha").div(2).exp()
+            samples[f"{name}.weight"] = module.weight * (1 + noise)
+            if name in layers:
+                derivatives[layers[name]] = {"theta": 1 + noise, "log alpha": module.weight * noise / 2}
+    return samples, derivatives
 
 
 def test_error(network: nn.Module, data: Pair) -> float:

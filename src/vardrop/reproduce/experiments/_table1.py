@@ -70,24 +70,27 @@ def variances(model: nn.Module, train: measure.Pair, config: Config) -> dict[mea
     """The variance under every estimator, and how far the noisy gradients' mean is from the gradient without noise."""
     size, repeats = config["M"], config["repeats"]
     generator = torch.Generator().manual_seed(config["seed"])
-    local, one, none = (
-        measure.moments(model, train, name, size, 1 if name == "none" else repeats, generator)
-        for name in ("local", "per_minibatch", "none")
-    )
-    singles = {}
-    if config["method"] == "vd-b":
-        singles = measure.single_moments(model, train, config["singles"], generator)
+    none = measure.moments(model, train, "none", size, 1, generator)
+    local = measure.moments(model, train, "local", size, repeats, generator)
     found = {}
     for key, (variance, mean) in local.items():
         noise = variance / (repeats * (len(train[0]) // size))  # of the mean itself
-        squared_mean = mean.square().mean().item() - noise
         shift = (mean - none[key][1]).square().mean().item() - noise
-        # type A: the local trick is a sample for every data point
-        per_example = (singles[key] - squared_mean) / size if singles else variance
         found[key] = {
-            "none": none[key][0], "local": variance, "per_example": per_example, "per_minibatch": one[key][0],
+            "none": none[key][0], "local": variance, "squared_mean": mean.square().mean().item() - noise,
             "squared_shift": max(shift, 0.0),
         }  # fmt: skip
+    if config["method"] == "vd-b":
+        products = measure.products(model, train, config["together"], repeats, generator)
+        for key, (same, other) in products.items():
+            squared_mean = found[key]["squared_mean"]
+            per_example = (same - squared_mean) / size
+            covariance = (1 - 1 / size) * (other - squared_mean)
+            found[key] |= {"per_example": per_example, "per_minibatch": per_example + covariance}
+    else:  # type A: the local trick is a sample for every data point
+        one = measure.moments(model, train, "per_minibatch", size, repeats, generator)
+        for key, (variance, _) in one.items():
+            found[key] |= {"per_example": found[key]["local"], "per_minibatch": variance}
     return found
 
 

@@ -38,14 +38,14 @@ READING = ("last", "theta", "expected")  # the one that claims are judged by: we
 def cells(scale: str) -> list[Config]:
     """A cell for every network; the first kind of network is the one that claims are about."""
     shared: Config = {
-        "smoke": {"data": "digits", "M": 300, "average": 0.9, "repeats": 2, "singles": 100, "device": "cpu"},
-        "cpu": {"data": "mnist", "M": 1000, "average": 0.999, "repeats": 1, "singles": 2000, "device": "cpu"},
-        "gpu": {"data": "mnist", "M": 1000, "average": 0.999, "repeats": 5, "singles": 10_000, "device": "cuda"},
+        "smoke": {"data": "digits", "M": 300, "average": 0.9, "repeats": 2, "together": 50, "device": "cpu"},
+        "cpu": {"data": "mnist", "M": 1000, "average": 0.999, "repeats": 5, "together": 100, "device": "cpu"},
+        "gpu": {"data": "mnist", "M": 1000, "average": 0.999, "repeats": 20, "together": 100, "device": "cuda"},
     }[scale]
     networks: list[tuple[str, int, list[int], int]] = {  # model, minibatch of the training, epochs, seeds
         "smoke": [("mlp:3x16", 400, [10, 100], 1)],
         "cpu": [
-            ("mlp:3x340", 1000, [10, 100], 1),
+            ("mlp:3x340", 1000, [10, 100], 3),
             ("mlp:3x100", 1000, [10, 100], 3),
             ("mlp:3x1000", 1000, [10], 1),
             ("mlp:3x100", 250, [10, 100], 1),
