@@ -35,7 +35,7 @@ def test_the_density_is_that_of_a_mixture_of_gaussians() -> None:
 
 def test_scores_are_in_the_units_of_the_data() -> None:
     said, y, std = torch.zeros(1, 3, 4), torch.full((1, 4), 0.5), torch.tensor([10.0])
-    (row,) = _uci.scores(said, y, torch.tensor([math.log(4.0)]), std)
+    (row,) = _uci.scores(said, y, std, torch.tensor([math.log(4.0)]))
     assert row["rmse"] == pytest.approx(5.0)
     assert row["precision"] == pytest.approx(0.04)  # standard deviation 5
     assert row["ll"] == pytest.approx(torch.distributions.Normal(0.0, 5.0).log_prob(torch.tensor(5.0)).item())
@@ -50,6 +50,19 @@ def test_the_best_precision_of_a_single_pass_is_one_over_the_mean_square() -> No
     wide = 0.5 * torch.randn(3, 200, generator=generator) + 0.1 * torch.randn(3, 200, generator=generator)
     explained = _uci.best_precision(passes, wide) + wide.square().mean(1).log()
     assert (explained > 0.3).all(), "what the passes explain is not noise of the data"
+
+
+def test_the_best_noise_is_the_one_that_made_the_rows() -> None:
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(2, 4000, generator=generator)
+    heavy = normal / (torch.randn(4, 2, 4000, generator=generator).square().mean(0)).sqrt()  # Student's, ν = 4
+    passes = torch.zeros(2, 1, 4000)
+    for rows, expected in ((normal, {50.0, 1000.0}), (heavy, {4.0})):
+        log_precision, degrees = _uci.best_noise(passes, 3 * rows)
+        assert set(degrees.tolist()) <= expected
+        torch.testing.assert_close(log_precision, torch.full((2,), -math.log(9.0)), atol=0.1, rtol=0)
+        fixed = _uci.log_density(passes, 3 * rows, _uci.best_precision(passes, 3 * rows))
+        assert (_uci.log_density(passes, 3 * rows, log_precision, degrees) > fixed - 1e-3).all()
 
 
 def test_a_member_meets_each_of_its_rows_once_before_any_twice() -> None:
@@ -120,6 +133,7 @@ def test_a_line_is_learned_in_its_own_units(method: str) -> None:
     for row in rows:
         assert row["rmse"] < 1.2  # noise: 0.5
         assert row["ll"] > -1.9
+        assert "ll_fixed" in row or method == "searched"
         assert 0 < row["hidden_rate"] < 0.5
 
 

@@ -6,6 +6,8 @@ import itertools
 import math
 
 import pytest
+import scipy.integrate
+import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -100,6 +102,32 @@ def test_log_likelihood_is_that_of_the_mixture(passes: int, examples: int, outpu
     torch.testing.assert_close(found, each.mean(0).log())
 
 
+@pytest.mark.parametrize(("outputs", "degrees"), [(1, 3.0), (1, 0.7), (2, 4.0)])
+def test_a_random_precision_is_integrated_out(outputs: int, degrees: float) -> None:
+    """Against the Gaussian density under a Gamma prior of the precision, by quadrature."""
+    samples = torch.tensor([[[0.3, -1.0]], [[0.9, 0.2]]], dtype=torch.float64)[..., :outputs]
+    y, tau = torch.tensor([[1.1, 0.4]], dtype=torch.float64)[..., :outputs], 2.5
+
+    def integrand(precision: float) -> float:
+        density = measures.log_likelihood(samples, y, precision).exp().item()
+        return density * scipy.stats.gamma.pdf(precision, degrees / 2, scale=2 * tau / degrees)
+
+    expected = math.log(scipy.integrate.quad(integrand, 0, 400, points=[0.01, 1, 5, 15, 60], limit=200)[0])
+    assert measures.log_likelihood(samples, y, tau, degrees).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_degrees_of_every_example_and_all_but_infinite_ones() -> None:
+    samples, y = torch.randn(4, 3), torch.randn(3)
+    degrees = torch.tensor([1.0, 5.0, 30.0])
+    found = measures.log_likelihood(samples, y, 2.0, degrees)
+    for k in range(3):
+        alone = measures.log_likelihood(samples[:, k : k + 1], y[k : k + 1], 2.0, degrees[k].item())
+        torch.testing.assert_close(found[k : k + 1], alone)
+    torch.testing.assert_close(
+        measures.log_likelihood(samples, y, 2.0, 1e7), measures.log_likelihood(samples, y, 2.0), atol=1e-5, rtol=1e-5
+    )
+
+
 def test_log_likelihood_far_away_is_a_number() -> None:
     found = measures.log_likelihood(torch.zeros(5, 1), torch.tensor([1e4]), 100.0)
     assert found.item() == pytest.approx(-0.5 * 100 * 1e8, rel=1e-6)
@@ -122,3 +150,5 @@ def test_log_likelihood_refuses() -> None:
         measures.log_likelihood(torch.zeros(5, 3), torch.zeros(3, 3))
     with pytest.raises(ValueError, match=r"precision must be above 0, got 0\.0; it is one over the noise's variance"):
         measures.log_likelihood(torch.zeros(5, 3), torch.zeros(3), 0.0)
+    with pytest.raises(ValueError, match=r"degrees of freedom must be above 0, got -1"):
+        measures.log_likelihood(torch.zeros(5, 3), torch.zeros(3), 1.0, -1)

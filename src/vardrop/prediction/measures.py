@@ -146,32 +146,42 @@ def votes(samples: Tensor, class_dim: int = 1) -> Tensor:
     return counts.scatter_add_(dim, chosen, torch.ones_like(chosen, dtype=torch.float32))
 
 
-def log_likelihood(samples: Tensor, y: Tensor, precision: float | Tensor = 1.0) -> Tensor:
+def log_likelihood(
+    samples: Tensor, y: Tensor, precision: float | Tensor = 1.0, degrees: float | Tensor | None = None
+) -> Tensor:
     r"""Log-density of y under the mixture of the passes (Gal, Ghahramani 2016, eq. 8), for every example.
 
     .. math:: \log \frac{1}{T} \sum_t N(y; \hat y_t, \tau^{-1} I)
               = \operatorname{logsumexp}_t\Bigl(-\tfrac12 \tau \lVert y - \hat y_t \rVert^2\Bigr)
               - \log T - \tfrac{D}{2} \log 2\pi + \tfrac{D}{2} \log \tau
 
-    with D the entries of one example: they are independent given the pass, and depend on each other through it.
+    with D the entries of one example: they are independent given the pass, and depend on each other through it. A
+    precision that is not the same for all examples is a random variable of mean τ and ν degrees of freedom, Gamma(ν/2,
+    ν/2τ); the density of a pass is then Student's,
+
+    .. math:: St(y; \hat y_t) = \frac{\Gamma((\nu + D) / 2)}{\Gamma(\nu / 2)} \Bigl(\frac{\tau}{\nu \pi}\Bigr)^{D/2}
+              \Bigl(1 + \frac{\tau}{\nu} \lVert y - \hat y_t \rVert^2\Bigr)^{-(\nu + D) / 2}
 
     Args:
         samples: ŷ of every pass.
         y: the truths; ``[N]`` will do for outputs ``[N, 1]``.
         precision: τ, above 0: one over the variance of the noise in y. A number, or a tensor that broadcasts with one
             pass.
+        degrees: ν, above 0: the fewer, the more the precision differs. A number, or ``[N]``; None for one precision.
 
     Shape:
         ``[T, N, ...]`` and ``[N, ...]`` -> ``[N]``.
 
     Raises:
-        ValueError: if the shapes do not fit, or a precision is not above 0.
+        ValueError: if the shapes do not fit, or a precision or degrees are not above 0.
 
     Example:
         >>> import torch
         >>> from vardrop.prediction.measures import log_likelihood
         >>> log_likelihood(torch.zeros(5, 1), torch.ones(1), precision=1.0)
         tensor([-1.4189])
+        >>> log_likelihood(torch.zeros(5, 1), torch.ones(1), precision=1.0, degrees=1.0)  # Cauchy's, 1 / 2π
+        tensor([-1.8379])
     """
     shape = samples.shape[1:]
     if y.shape != shape and not (y.shape[:1] == shape[:1] and y.numel() == shape.numel()):
@@ -180,10 +190,25 @@ def log_likelihood(samples: Tensor, y: Tensor, precision: float | Tensor = 1.0) 
         )
     tau = checked_precision(precision, samples)
     error = wide(y.to(samples.device)).reshape(shape) - wide(samples)
-    terms = -0.5 * tau * error.square() + 0.5 * (tau.log() - math.log(2 * math.pi))
-    found = terms.flatten(2).sum(-1) if samples.ndim > 2 else terms  # [T, N]
-    found = found.logsumexp(0) - math.log(len(samples))
+    distance = _of_example(tau * error.square())  # [T, N]
+    size = shape[1:].numel()
+    constant = 0.5 * _of_example(tau.log().expand(shape).unsqueeze(0))
+    if degrees is None:
+        terms = constant - 0.5 * (distance + size * math.log(2 * math.pi))
+    else:
+        nu = wide(torch.as_tensor(degrees, device=samples.device))
+        if not bool((nu > 0).all()):
+            raise ValueError(f"vardrop.log_likelihood: degrees of freedom must be above 0, got {degrees}")
+        power = 0.5 * (nu + size)
+        constant = constant + power.lgamma() - (0.5 * nu).lgamma() - 0.5 * size * (nu * math.pi).log()
+        terms = constant - power * (distance / nu).log1p()
+    found = terms.logsumexp(0) - math.log(len(samples))
     return found.to(samples.dtype if samples.dtype.itemsize >= 4 else torch.float32)
+
+
+def _of_example(values: Tensor) -> Tensor:
+    """Sums over the entries of every example: ``[T, N, ...]`` -> ``[T, N]``."""
+    return values.flatten(2).sum(-1) if values.ndim > 2 else values
 
 
 def checked_precision(precision: float | Tensor, like: Tensor) -> Tensor:

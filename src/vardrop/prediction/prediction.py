@@ -154,22 +154,23 @@ class Prediction:
         self._values("total_variance")
         return self.variance + (1 / measures.checked_precision(precision, self.mean)).to(self.mean.dtype)
 
-    def log_likelihood(self, y: Tensor, precision: float | Tensor) -> Tensor:
+    def log_likelihood(self, y: Tensor, precision: float | Tensor, degrees: float | Tensor | None = None) -> Tensor:
         """Log-density of the truths under the mixture of the passes; :func:`.measures.log_likelihood` has the formula.
 
         Args:
             y: the truths, of the shape of the mean.
             precision: τ, above 0; a number, or a tensor that broadcasts with the mean.
+            degrees: ν, above 0, for a precision that is not the same for all examples.
 
         Shape:
             ``[N]``.
 
         Raises:
             RuntimeError: if the passes were not kept, or for classes.
-            ValueError: if the shapes do not fit, or a precision is not above 0.
+            ValueError: if the shapes do not fit, or a precision or degrees are not above 0.
         """
         self._values("log_likelihood")
-        return measures.log_likelihood(self._kept("log_likelihood"), y, precision)
+        return measures.log_likelihood(self._kept("log_likelihood"), y, precision, degrees)
 
     # ----------------------------------------------------------------------------------------------------- showing
 

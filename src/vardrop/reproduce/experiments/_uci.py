@@ -17,6 +17,7 @@ from vardrop.prediction.measures import log_likelihood
 
 _LOOK, _MEMORY = 10, 0.1  # steps between two looks at rows that are left out; weight of the newest look
 _ROWS_AT_ONCE = 2048  # of a member in one pass: what fits into a cache
+DEGREES = (3, 4, 6, 10, 20, 50, 1000)  # of freedom of the precision; the last is all but a fixed one
 VALIDATION_SAMPLES = 100  # passes over the rows that choose the precision
 
 
@@ -166,23 +167,37 @@ def passes(ensemble: vd.Ensemble, x: Tensor, samples: int) -> Tensor:
     return torch.cat(parts, 1)
 
 
-def log_density(said: Tensor, y: Tensor, log_precision: Tensor) -> Tensor:
-    """Under the mixture of the passes, mean over rows: said ``[K, T, M]``, y ``[K, M]``, log τ ``[K]`` -> ``[K]``."""
-    precision = log_precision.exp().unsqueeze(1).expand(y.shape)
-    found = log_likelihood(said.transpose(0, 1).flatten(1), y.flatten(), precision.flatten())
+def log_density(said: Tensor, y: Tensor, log_precision: Tensor, degrees: Tensor | None = None) -> Tensor:
+    """Under the mixture of the passes, mean over rows: ``[K, T, M]``, ``[K, M]`` and ``[K]``, ``[K]`` -> ``[K]``."""
+
+    def of_rows(values: Tensor) -> Tensor:
+        return values.unsqueeze(1).expand(y.shape).flatten()
+
+    nu = None if degrees is None else of_rows(degrees)
+    found = log_likelihood(said.transpose(0, 1).flatten(1), y.flatten(), of_rows(log_precision.exp()), nu)
     return found.view(y.shape).mean(1)
 
 
-def best_precision(said: Tensor, y: Tensor, rounds: int = 5, points: int = 15) -> Tensor:
+def best_precision(said: Tensor, y: Tensor, degrees: Tensor | None = None, rounds: int = 5, points: int = 15) -> Tensor:
     """log τ ``[K]`` under which the rows are most probable: a grid that closes in on its best point."""
     residual = (said.mean(1) - y).square().mean(1).clamp_min(1e-12)
     centre, width = -residual.log(), 4.0
     for _ in range(rounds):
         offsets = torch.linspace(-width, width, points, device=y.device)
-        scores = torch.stack([log_density(said, y, centre + offset) for offset in offsets])
+        scores = torch.stack([log_density(said, y, centre + offset, degrees) for offset in offsets])
         centre = centre + offsets[scores.argmax(0)]
         width *= 2.5 / (points - 1)
     return centre
+
+
+def best_noise(said: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """log τ and the degrees of freedom ν, ``[K]`` each, under which the rows are most probable."""
+    degrees = [torch.full((len(y),), float(nu), device=y.device) for nu in DEGREES]
+    precisions = [best_precision(said, y, nu) for nu in degrees]
+    scores = torch.stack([log_density(said, y, *both) for both in zip(precisions, degrees, strict=True)])
+    best = scores.argmax(0, keepdim=True)
+    log_precision, nu = (torch.stack(some).gather(0, best).squeeze(0) for some in (precisions, degrees))
+    return log_precision, nu
 
 
 def read(name: str, splits: int) -> Table:
@@ -238,19 +253,26 @@ def _at(values: Tensor, splits: Tensor, rows: Tensor) -> Tensor:
     return values[splits.unsqueeze(1), rows]
 
 
-def scores(said: Tensor, y: Tensor, log_precision: Tensor, std: Tensor) -> list[dict[str, float]]:
+def scores(
+    said: Tensor, y: Tensor, std: Tensor, log_precision: Tensor, degrees: Tensor | None = None
+) -> list[dict[str, float]]:
     """RMSE of the mean of the passes and mean log-density for every split, in the units of the data."""
-    rmse = (said.mean(1) - y).square().mean(1).sqrt() * std
-    density = log_density(said, y, log_precision) - std.log()
-    tau = log_precision.exp() / std.square()
-    return [
-        {"rmse": r, "ll": d, "precision": t}
-        for r, d, t in zip(rmse.tolist(), density.tolist(), tau.tolist(), strict=True)
-    ]
+    found = {
+        "rmse": (said.mean(1) - y).square().mean(1).sqrt() * std,
+        "ll": log_density(said, y, log_precision, degrees) - std.log(),
+        "precision": log_precision.exp() / std.square(),
+    }
+    if degrees is not None:
+        found["degrees"] = degrees
+    columns = [values.tolist() for values in found.values()]
+    return [dict(zip(found, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def learned(table: Table, plan: Plan, hidden: int, samples: int, seed: int) -> list[dict[str, float]]:
-    """Type A variational dropout for every split, and a twin for its precision; a row for every split."""
+    """Type A variational dropout for every split, and a twin for its precision; a row for every split.
+
+    ``ll_fixed`` is the log-density under one precision for all rows, fitted to the same rows.
+    """
     data = Standardised.of(table)
     table, splits = data.table, torch.arange(len(data.std), device=table.y.device)
     network = Network(table.x.shape[-1], hidden, rate=0.0)
@@ -262,8 +284,11 @@ def learned(table: Table, plan: Plan, hidden: int, samples: int, seed: int) -> l
     members = ensemble.members()
     own, twins = (vd.Ensemble.from_modules(half) for half in (members[: len(splits)], members[len(splits) :]))
     said = passes(twins, _at(table.x, splits, left), min(samples, VALIDATION_SAMPLES))
-    log_precision = best_precision(said, _at(table.y, splits, left))
-    rows = scores(passes(own, table.test_x, samples), table.test_y, log_precision, data.std)
+    y = _at(table.y, splits, left)
+    tested = passes(own, table.test_x, samples)
+    rows = scores(tested, table.test_y, data.std, *best_noise(said, y))
+    for row, fixed in zip(rows, scores(tested, table.test_y, data.std, best_precision(said, y)), strict=True):
+        row["ll_fixed"] = fixed["ll"]
     rates = vd.dropout_rates(own)
     for which, of_layer in zip(("input_rate", "hidden_rate"), rates.values(), strict=True):
         for row, mean in zip(rows, of_layer.mean(1).tolist(), strict=True):
@@ -298,7 +323,7 @@ def searched(
         ensemble = _networks(table, hidden, rates[index], len(some), seed + 1)
         fit(ensemble, table, some, [every.expand(len(some), -1)], plan, seed)
         said[some] = passes(ensemble, table.test_x[some], samples)
-    rows = scores(said, table.test_y, log_precision, data.std)
+    rows = scores(said, table.test_y, data.std, log_precision)
     return [{**row, "hidden_rate": rates[index]} for row, index in zip(rows, best.tolist(), strict=True)]
 
 
