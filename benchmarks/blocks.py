@@ -156,6 +156,7 @@ def stochastic_depth(rounds: int, warmup: int, examples: int = 64) -> list[Row]:
     images = torch.randn(examples, 3, 32, 32)
     for model, network, x in (
         ("convolutions of 32", residual_network, images),
+        ("convolutions of 32, twice the examples", residual_network, torch.randn(2 * examples, 3, 32, 32)),
         ("convolutions of 64", partial(residual_network, width=64), images),
         ("transformer", transformer, torch.randn(examples // 2, TOKENS, WIDTH)),
     ):
