@@ -22,7 +22,8 @@ COMPARED = tuple(
     (method, METHODS[method].default_sharing)
     for method in ("none", "binary", "gaussian-a", "gaussian-b", "vd-a", "vd-a2", "vd-b")
 )
-READINGS = ("a third", "once per rate")  # of the divergence of type B, whose α all but run into their bound of 1
+ONCE_PER_RATE = "once per rate"
+READINGS = ("a third", ONCE_PER_RATE)  # of the divergence of type B, whose α all but run into their bound of 1
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def prepared(config: Config, spec: str, shape: tuple[int, ...], outputs: int) ->
         outputs: of the network.
     """
     reading = config.get("reading")
-    if reading == "once per rate":
+    if reading == ONCE_PER_RATE:
         model = build(spec, shape, outputs, RATES)
         vd.convert_(model, OncePerRate(type="B", sharing=config["sharing"]))
         return model, 1.0

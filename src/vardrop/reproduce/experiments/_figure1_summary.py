@@ -7,7 +7,7 @@ import statistics
 from typing import TYPE_CHECKING, Any
 
 from vardrop.reproduce.experiment import Row
-from vardrop.reproduce.experiments._figure1 import is_compared
+from vardrop.reproduce.experiments._figure1 import ONCE_PER_RATE, is_compared
 from vardrop.reproduce.results import Result
 
 if TYPE_CHECKING:
@@ -24,7 +24,9 @@ NAMES = {  # as in the paper's legend
 }
 _STYLES = {"none": "C7o-", "binary": "C5v-", "gaussian-a": "C0s--", "vd-a": "C0D-", "vd-a2": "C2^-",
            "gaussian-b": "C1s--", "vd-b": "C1D-"}  # fmt: skip
-COUNTERPARTS = {"vd-a": ("gaussian-a", "binary"), "vd-a2": ("gaussian-a", "binary"), "vd-b": ("gaussian-b", "binary")}
+ONCE = f"vd-b {ONCE_PER_RATE}"  # no line of the paper's: type B under another reading of its divergence
+COUNTERPARTS = {"vd-a": ("gaussian-a", "binary"), "vd-a2": ("gaussian-a", "binary"), "vd-b": ("gaussian-b", "binary"),
+                ONCE: ("gaussian-b",)}  # fmt: skip
 Means = dict[tuple[str, Any], Row]  # method, size -> row of means, of those that are compared
 
 
@@ -39,7 +41,8 @@ def summarise(results: list[Result], size: str) -> list[Row]:
     means = _means(rows, size)
     learned = [_rates(row, size) for row in means if row["sharing"]]
     mine = {(row["method"], row[size]): row for row in means if is_compared(row)}
-    gains = _gains(mine, size)
+    once = {(ONCE, row[size]): row for row in means if row["reading"] == ONCE_PER_RATE}
+    gains = _gains(mine, once, size)
     errors = [{k: v for k, v in row.items() if not k.startswith(("rate_", "at_bound_"))} for row in means]
     return errors + learned + gains + _answers(mine, gains, size)
 
@@ -95,14 +98,15 @@ def _difference(a: Row, b: Row, spread: float | None) -> tuple[float, float | No
     return points, error, points / error if error else math.copysign(math.inf, points) if points else 0.0
 
 
-def _gains(means: Means, size: str) -> list[Row]:
+def _gains(means: Means, once: Means, size: str) -> list[Row]:
     """Every learned method against its fixed counterpart and against binary dropout, at every size."""
     made: list[Row] = []
+    found = means | once
     for at in sorted({at for _, at in means}):
         spread = _pooled([row for (_, other), row in means.items() if other == at])
         for learned, fixed in ((m, f) for m, against in COUNTERPARTS.items() for f in against):
-            if (learned, at) in means and (fixed, at) in means:
-                points, error, many = _difference(means[learned, at], means[fixed, at], spread)
+            if (learned, at) in found and (fixed, at) in found:
+                points, error, many = _difference(found[learned, at], found[fixed, at], spread)
                 made.append({"table": "learned less fixed", size: at, "learned": learned, "fixed": fixed,
                              "points": points, "standard_error": error, "in_standard_errors": many})  # fmt: skip
     return made
@@ -112,7 +116,7 @@ def _answers(means: Means, gains: list[Row], size: str) -> list[Row]:
     """A number for every claim, in standard errors of the difference where it is one of errors."""
     sizes = sorted({at for _, at in means})
     answers: dict[str, float | None] = {}
-    for learned, fixed in (("vd-a", "gaussian-a"), ("vd-a2", "gaussian-a"), ("vd-b", "gaussian-b")):
+    for learned, (fixed, *_) in COUNTERPARTS.items():
         pairs = [row for row in gains if row["learned"] == learned and row["fixed"] == fixed]
         answers[f"{learned} less {fixed}: largest excess"] = _most(row["in_standard_errors"] for row in pairs)
         answers[f"{fixed} less {learned}: gap at the smallest size less the largest of others"] = _first_gap(pairs)
@@ -166,16 +170,20 @@ def draw(results: list[Result], size: str, label: str, title: str) -> Figure:
     means = _means([row for result in results for row in result.rows], size)
     drawn = Figure(figsize=(9, 4.4), layout="constrained")
     left, right = drawn.subplots(1, 2, width_ratios=[3, 2])
-    for method, name in NAMES.items():
-        rows = [row for row in means if row["method"] == method and is_compared(row)]
+    lines = [
+        (name, _STYLES[method], [row for row in means if row["method"] == method and is_compared(row)])
+        for method, name in NAMES.items()
+    ]
+    ours = [row for row in means if row["reading"] == ONCE_PER_RATE]
+    for name, style, rows in (*lines, ("not in the paper: B, divergence once per rate", "C3D:", ours)):
         if rows:
             places = [row[size] for row in rows]
             left.errorbar(
                 places, [row["test_error"] for row in rows], [row["sd"] or 0.0 for row in rows],
-                fmt=_STYLES[method], label=name, markersize=4, capsize=2,
+                fmt=style, label=name, markersize=4, capsize=2,
             )  # fmt: skip
             if rows[0]["sharing"]:
-                right.plot(places, [_hidden_rate(row) for row in rows], _STYLES[method], label=name, markersize=4)
+                right.plot(places, [_hidden_rate(row) for row in rows], style, label=name, markersize=4)
     sizes = sorted({row[size] for row in means})
     left.set(title=title, ylabel="test error, %")
     left.legend(fontsize="small")

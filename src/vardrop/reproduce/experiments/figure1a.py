@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 LAYERS = ("input", "hidden1", "hidden2", "hidden3")  # where the noise of a layer is
 ABLATION = (("vd-a", "layer"), ("vd-a2", "layer"), ("vd-b", "layer"), ("vd-b", "weight"))
 READINGS = tuple(("vd-b", "neuron", reading) for reading in _figure1.READINGS)
+NEAREST = (("vd-b", "neuron", _figure1.ONCE_PER_RATE),)  # the reading of type B that reproduces the narrow network
 WIDTHS = (100, 340, 580, 820, 1060, 1300)  # of the paper
 
 
@@ -36,7 +37,8 @@ def cells(scale: str) -> list[Config]:
         (narrow, others),
     ]
     networks += [(width, _figure1.COMPARED) for width in wider[1:]]
-    networks += [(wider[0], others)] if scale == "gpu" else []
+    networks += [(wider[0], others if scale == "gpu" else NEAREST)]
+    networks += [(width, NEAREST) for width in wider[1:]]
     return [
         {"method": method, "sharing": sharing, "width": width, "seed": seed, **shared}
         | ({"reading": reading[0]} if reading else {})
