@@ -24,8 +24,10 @@ def line(rows: int = 240) -> Data:
 def test_cells_are_nine_sets_with_nine_rates() -> None:
     cells = no_tuning.cells("cpu")
     assert len({c["set"] for c in cells}) == 9
-    assert len(cells) == 27
-    assert all(len(c["grid"]) == 9 for c in cells)
+    equal, longer = cells[:27], cells[27:]
+    assert all(len(c["grid"]) == 9 for c in equal)
+    for once, more in zip(equal, longer, strict=True):
+        assert more == {**once, "grid": [], "epochs": no_tuning.TIMES * once["epochs"]}
     assert max(c["seed"] for c in cells) == 2
 
 
@@ -33,7 +35,7 @@ def test_cells_are_nine_sets_with_nine_rates() -> None:
 def test_every_set_takes_3000_to_4000_steps(data_root, monkeypatch) -> None:
     monkeypatch.setenv("VARDROP_DATA", str(data_root))
     for config in no_tuning.cells("cpu"):
-        if config["seed"] == 0:
+        if config["seed"] == 0 and config["grid"]:
             some = _training.parts(config["data"], config["validation"], 0, "cpu", config["examples"])
             steps = config["epochs"] * -(-len(some.train[0]) // config["batch"])
             assert 2900 <= steps <= 4000, (config["set"], steps)
@@ -50,6 +52,8 @@ def test_a_cell_has_a_row_for_every_rate_and_learned_ones_for_none() -> None:
     for row in rows:
         assert (row["hidden_rate"] is None) == (row["method"] == "fixed")
         assert 1 <= row["best_epoch_error"] <= config["epochs"]
+    (longer,) = no_tuning.run_cell({**config, "grid": []})
+    assert (longer["method"], longer["test_error"]) == (no_tuning.LONGER, rows[2]["test_error"])
 
 
 def test_fixed_rates_are_those_of_hidden_units_and_less_at_the_input(monkeypatch) -> None:
@@ -77,7 +81,13 @@ def test_a_line_is_learned_in_its_own_units(monkeypatch) -> None:
         assert row["validation_error"] < 1.5
 
 
-def runs(seed: int, learned: float, fixed: dict[float, tuple[float, float]], name: str = "digits") -> Result:
+def runs(
+    seed: int,
+    learned: float,
+    fixed: dict[float, tuple[float, float]],
+    name: str = "digits",
+    methods: tuple[str, ...] = ("vd-a2", "vd-a", "vd-b"),
+) -> Result:
     """Rows of one seed; fixed is rate -> (validation error, test error), and nll is a tenth."""
 
     def row(method: str, rate: float | None, validation: float, test: float) -> dict[str, Any]:
@@ -86,7 +96,7 @@ def runs(seed: int, learned: float, fixed: dict[float, tuple[float, float]], nam
                 "test_nll": test / 10, "hidden_rate": None if method == "fixed" else 0.3}  # fmt: skip
 
     rows = [row("fixed", rate, *errors) for rate, errors in fixed.items()]
-    rows += [row(method, None, 1.0, learned) for method in ("vd-a2", "vd-a", "vd-b")]
+    rows += [row(method, None, 1.0, learned) for method in methods]
     return Result("no-tuning", "cpu", {"set": name, "seed": seed}, seed, {}, None, "here", 1, 1.0, rows)
 
 
@@ -104,6 +114,18 @@ def test_the_rate_is_chosen_on_validation_and_never_on_test() -> None:
     assert nll["difference"] == pytest.approx(0.01)
 
 
+def test_longer_runs_are_held_to_the_grid_of_the_others() -> None:
+    grid = {0.0: (5.0, 5.0), 0.2: (3.0, 4.0)}
+    found = [runs(seed, 9.0, grid) for seed in range(3)]
+    assert [row["sets"] for row in no_tuning.summarise(found)[-2:]] == [0, 0]
+    found += [runs(seed, 3.0 + 0.1 * seed, {}, methods=(no_tuning.LONGER,)) for seed in range(3)]
+    rows = {row["table"]: row for row in no_tuning.summarise(found)[:4]}
+    assert rows["error"]["difference"] == pytest.approx(5.0)
+    assert rows["error, 3 times the steps"]["difference"] == pytest.approx(-0.9)
+    assert rows["error, 3 times the steps"]["verdict"] == "better"
+    assert rows["nll, 3 times the steps"]["difference"] == pytest.approx(-0.09)
+
+
 def test_of_equal_rates_the_smaller_is_chosen() -> None:
     equal = runs(0, 1.0, {0.5: (3.0, 1.0), 0.1: (3.0, 2.0)})
     assert no_tuning.chosen(equal.rows, "error")["rate"] == 0.1
@@ -119,7 +141,7 @@ def test_differences_are_of_pairs_and_sets_are_counted() -> None:
     rows = no_tuning.summarise(made)
     verdicts = {row["set"]: row["verdict"] for row in rows if row["table"] == "error"}
     assert verdicts == {"digits": "better", "MNIST": "within one standard error", "UCI yacht": "worse"}
-    for count in rows[-2:]:
+    for count in rows[-4:-2]:
         assert [count[k] for k in ("sets", "better", "within_one_standard_error", "worse", "no_worse")] == [
             3, 1, 1, 1, 2
         ]  # fmt: skip
@@ -131,6 +153,9 @@ def test_the_figure_has_a_panel_for_every_set_with_both_sides() -> None:
     found = [runs(seed, 3.0 + seed, grid, name) for name in no_tuning.SETS for seed in range(3)]
     axes = no_tuning.figure(found, []).axes
     assert [ax.get_title().split(", %")[0] for ax in axes] == list(no_tuning.SETS)
+    found += [runs(0, 2.0, {}, name, (no_tuning.LONGER,)) for name in no_tuning.SETS]
+    for ax in no_tuning.figure(found, []).axes:
+        assert list(ax.lines[-1].get_ydata()) == [2.0, 2.0]
     for ax in axes:
         curve, circles, learned = (ax.lines[0], ax.lines[-2], ax.lines[-1])
         assert list(curve.get_ydata()) == [5.0, 4.0]

@@ -189,7 +189,7 @@ def figure(results: list[Result], claims: list[Claim]) -> Figure:
     left.set_yticks(list(place.values()), list(place))
     left.set(xlabel="RMSE ÷ published (left is better)")
     right.set(xlabel="test log-likelihood − published, nats (right is better)")
-    right.legend(fontsize="small")
+    drawn.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     return drawn
 
 
