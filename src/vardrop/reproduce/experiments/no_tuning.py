@@ -75,7 +75,7 @@ def cells(scale: str) -> list[Config]:
 
 
 def run_cell(config: Config) -> list[Row]:
-    """Train at every rate of the grid and with learned rates, or only ``vd-a2`` where there is no grid; a row for each."""
+    """Train at every rate of the grid and with learned rates; without a grid ``vd-a2`` alone. A row for every run."""
     seed, device = config["seed"], config["device"]
     split = seed if config["split_by_seed"] else 0
     some = parts(config["data"], config["validation"], seed, device, config["examples"], split)
