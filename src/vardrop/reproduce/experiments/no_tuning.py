@@ -177,7 +177,7 @@ def _compared(seeds: list[list[Row]], measure: str, method: str) -> Row:
     beside = {other: statistics.fmean(of(other)) for other in BESIDE} if method == UNTUNED else {}
     return {
         "table": measure if method == UNTUNED else f"{measure}, {TIMES} times the steps",
-        "set": seeds[0][0]["set"], "unit": seeds[0][0]["unit"] if measure == "error" else "nats",
+        "run": method, "set": seeds[0][0]["set"], "unit": seeds[0][0]["unit"] if measure == "error" else "nats",
         "seeds": len(seeds), "vd-a2": statistics.fmean(of(method)),
         "best_of_the_grid": statistics.fmean(row[column] for row in best), "difference": mean,
         "standard_error": error, "verdict": verdict(mean, error), "no_dropout": statistics.fmean(zero), **beside,
