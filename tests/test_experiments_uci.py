@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import vardrop as vd
-from vardrop.reproduce.experiments import _uci, uci
+from vardrop.reproduce.experiments import _uci, _uci_noise, uci
 from vardrop.reproduce.results import Result
 
 
@@ -30,12 +30,12 @@ def test_the_density_is_that_of_a_mixture_of_gaussians() -> None:
         parts = torch.distributions.Normal(said[k].T, std[k])
         mixture = torch.distributions.MixtureSameFamily(torch.distributions.Categorical(torch.ones(5, 7)), parts)
         expected = mixture.log_prob(y[k]).mean()
-        torch.testing.assert_close(_uci.log_density(said, y, log_precision)[k], expected)
+        torch.testing.assert_close(_uci_noise.log_density(said, y, log_precision)[k], expected)
 
 
 def test_scores_are_in_the_units_of_the_data() -> None:
     said, y, std = torch.zeros(1, 3, 4), torch.full((1, 4), 0.5), torch.tensor([10.0])
-    (row,) = _uci.scores(said, y, std, torch.tensor([math.log(4.0)]))
+    (row,) = _uci_noise.scores(said, y, std, torch.tensor([math.log(4.0)]))
     assert row["rmse"] == pytest.approx(5.0)
     assert row["precision"] == pytest.approx(0.04)  # standard deviation 5
     assert row["ll"] == pytest.approx(torch.distributions.Normal(0.0, 5.0).log_prob(torch.tensor(5.0)).item())
@@ -44,11 +44,11 @@ def test_scores_are_in_the_units_of_the_data() -> None:
 def test_the_best_precision_of_a_single_pass_is_one_over_the_mean_square() -> None:
     generator = torch.Generator().manual_seed(0)
     y = torch.randn(3, 200, generator=generator) * torch.tensor([[0.01], [1.0], [30.0]])
-    found = _uci.best_precision(torch.zeros(3, 1, 200), y)
+    found = _uci_noise.best_precision(torch.zeros(3, 1, 200), y)
     torch.testing.assert_close(found, -y.square().mean(1).log(), atol=5e-3, rtol=0)  # the optimum is flat
     passes = 0.5 * torch.randn(3, 50, 1, generator=generator).expand(3, 50, 200)
     wide = 0.5 * torch.randn(3, 200, generator=generator) + 0.1 * torch.randn(3, 200, generator=generator)
-    explained = _uci.best_precision(passes, wide) + wide.square().mean(1).log()
+    explained = _uci_noise.best_precision(passes, wide) + wide.square().mean(1).log()
     assert (explained > 0.3).all(), "what the passes explain is not noise of the data"
 
 
@@ -58,11 +58,11 @@ def test_the_best_noise_is_the_one_that_made_the_rows() -> None:
     heavy = normal / (torch.randn(4, 2, 4000, generator=generator).square().mean(0)).sqrt()  # Student's, ν = 4
     passes = torch.zeros(2, 1, 4000)
     for rows, expected in ((normal, {50.0, 1000.0}), (heavy, {4.0})):
-        log_precision, degrees = _uci.best_noise(passes, 3 * rows)
+        log_precision, degrees = _uci_noise.best_noise(passes, 3 * rows)
         assert set(degrees.tolist()) <= expected
         torch.testing.assert_close(log_precision, torch.full((2,), -math.log(9.0)), atol=0.1, rtol=0)
-        fixed = _uci.log_density(passes, 3 * rows, _uci.best_precision(passes, 3 * rows))
-        assert (_uci.log_density(passes, 3 * rows, log_precision, degrees) > fixed - 1e-3).all()
+        fixed = _uci_noise.log_density(passes, 3 * rows, _uci_noise.best_precision(passes, 3 * rows))
+        assert (_uci_noise.log_density(passes, 3 * rows, log_precision, degrees) > fixed - 1e-3).all()
 
 
 def test_a_member_meets_each_of_its_rows_once_before_any_twice() -> None:

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import vardrop as vd
-from vardrop.prediction.measures import log_likelihood
+from vardrop.reproduce.experiments._uci_noise import best_noise, best_precision, log_density, scores
 
 _LOOK, _MEMORY = 10, 0.1  # steps between two looks at rows that are left out; weight of the newest look
 _ROWS_AT_ONCE = 2048  # of a member in one pass: what fits into a cache
-DEGREES = (3, 4, 6, 10, 20, 50, 1000)  # of freedom of the precision; the last is all but a fixed one
 VALIDATION_SAMPLES = 100  # passes over the rows that choose the precision
 
 
@@ -167,39 +166,6 @@ def passes(ensemble: vd.Ensemble, x: Tensor, samples: int) -> Tensor:
     return torch.cat(parts, 1)
 
 
-def log_density(said: Tensor, y: Tensor, log_precision: Tensor, degrees: Tensor | None = None) -> Tensor:
-    """Under the mixture of the passes, mean over rows: ``[K, T, M]``, ``[K, M]`` and ``[K]``, ``[K]`` -> ``[K]``."""
-
-    def of_rows(values: Tensor) -> Tensor:
-        return values.unsqueeze(1).expand(y.shape).flatten()
-
-    nu = None if degrees is None else of_rows(degrees)
-    found = log_likelihood(said.transpose(0, 1).flatten(1), y.flatten(), of_rows(log_precision.exp()), nu)
-    return found.view(y.shape).mean(1)
-
-
-def best_precision(said: Tensor, y: Tensor, degrees: Tensor | None = None, rounds: int = 5, points: int = 15) -> Tensor:
-    """log τ ``[K]`` under which the rows are most probable: a grid that closes in on its best point."""
-    residual = (said.mean(1) - y).square().mean(1).clamp_min(1e-12)
-    centre, width = -residual.log(), 4.0
-    for _ in range(rounds):
-        offsets = torch.linspace(-width, width, points, device=y.device)
-        scores = torch.stack([log_density(said, y, centre + offset, degrees) for offset in offsets])
-        centre = centre + offsets[scores.argmax(0)]
-        width *= 2.5 / (points - 1)
-    return centre
-
-
-def best_noise(said: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """log τ and the degrees of freedom ν, ``[K]`` each, under which the rows are most probable."""
-    degrees = [torch.full((len(y),), float(nu), device=y.device) for nu in DEGREES]
-    precisions = [best_precision(said, y, nu) for nu in degrees]
-    scores = torch.stack([log_density(said, y, *both) for both in zip(precisions, degrees, strict=True)])
-    best = scores.argmax(0, keepdim=True)
-    log_precision, nu = (torch.stack(some).gather(0, best).squeeze(0) for some in (precisions, degrees))
-    return log_precision, nu
-
-
 def read(name: str, splits: int) -> Table:
     """All splits of a UCI set, or as many random ones of scikit-learn's diabetes data.
 
@@ -251,21 +217,6 @@ def held_out(table: Table, seed: int) -> tuple[Tensor, Tensor]:
 
 def _at(values: Tensor, splits: Tensor, rows: Tensor) -> Tensor:
     return values[splits.unsqueeze(1), rows]
-
-
-def scores(
-    said: Tensor, y: Tensor, std: Tensor, log_precision: Tensor, degrees: Tensor | None = None
-) -> list[dict[str, float]]:
-    """RMSE of the mean of the passes and mean log-density for every split, in the units of the data."""
-    found = {
-        "rmse": (said.mean(1) - y).square().mean(1).sqrt() * std,
-        "ll": log_density(said, y, log_precision, degrees) - std.log(),
-        "precision": log_precision.exp() / std.square(),
-    }
-    if degrees is not None:
-        found["degrees"] = degrees
-    columns = [values.tolist() for values in found.values()]
-    return [dict(zip(found, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def learned(table: Table, plan: Plan, hidden: int, samples: int, seed: int) -> list[dict[str, float]]:
