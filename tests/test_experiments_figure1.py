@@ -138,7 +138,7 @@ def test_cells_are_the_seven_methods_at_every_size() -> None:
         for at in sizes:
             here = [c for c in compared if c[size] == at]
             assert {c["method"] for c in here} == set(_figure1_summary.NAMES)
-            assert len(here) == 7 * (2 if at == 1.0 else 3)
+            assert len(here) == 7 * (1 if at == 1.0 else 3)
     assert {c["width"] for c in figure1a.cells("gpu")} == set(figure1a.WIDTHS)
     others = [c for c in figure1a.cells("cpu") if not _figure1.is_compared(c)]
     assert {(c["method"], c["sharing"]) for c in others if "reading" not in c} == set(figure1a.ABLATION)
@@ -238,6 +238,20 @@ def test_answers_are_those_of_the_planted_errors() -> None:
     means = [row for row in rows if row["table"] == "means"]
     assert len(means) == 3 * 8 + 5
     assert all(row["sd"] == pytest.approx(SPREAD) for row in means if row["test_error"] < 50)
+
+
+def test_a_size_with_one_seed_has_no_standard_error_and_is_not_judged() -> None:
+    some = [result for result in planted() if result.config["width"] < 580 or result.config["seed"] == 0]
+    rows = _figure1_summary.summarise(some, "width")
+    answers = {row["question"]: row["value"] for row in rows if row["table"] == "answers"}
+    assert answers["vd-a2 less the best other dropout: largest excess"] == pytest.approx(
+        -0.1 / (SPREAD * (2 / 3) ** 0.5)
+    )
+    gap = "gaussian-a less vd-a: gap at the smallest size less the largest of others"
+    assert answers[gap] == pytest.approx((1.0 - 0.3) / (2**0.5 * SPREAD * (2 / 3) ** 0.5))
+    wide = [row for row in rows if row["table"] == "learned less fixed" and row["width"] == 580]
+    assert wide
+    assert {row["standard_error"] for row in wide} == {None}
 
 
 def test_seeds_in_one_cell_are_seeds_too() -> None:

@@ -118,6 +118,8 @@ def _answers(means: Means, gains: list[Row], size: str) -> list[Row]:
     answers: dict[str, float | None] = {}
     for learned, (fixed, *_) in COUNTERPARTS.items():
         pairs = [row for row in gains if row["learned"] == learned and row["fixed"] == fixed]
+        if learned == ONCE and not pairs:  # figure 1b has no other readings
+            continue
         answers[f"{learned} less {fixed}: largest excess"] = _most(row["in_standard_errors"] for row in pairs)
         answers[f"{fixed} less {learned}: gap at the smallest size less the largest of others"] = _first_gap(pairs)
     others = [row["in_standard_errors"] for row in gains if row["fixed"] == "binary" and row["learned"] != "vd-a2"]
@@ -135,8 +137,12 @@ def _most(values: Any) -> float | None:
 
 
 def _first_gap(pairs: list[Row]) -> float | None:
-    """In standard errors of the difference of two gaps; a gap is how far learned is below fixed."""
-    if len(pairs) < 2 or any(row["standard_error"] is None for row in pairs):
+    """In standard errors of the difference of two gaps; a gap is how far learned is below fixed.
+
+    Sizes with a single seed have no such error, and do not count.
+    """
+    pairs = [row for row in pairs if row["standard_error"] is not None]
+    if len(pairs) < 2:
         return None
     largest = min(pairs[1:], key=lambda row: row["points"])
     error = math.hypot(pairs[0]["standard_error"], largest["standard_error"])
