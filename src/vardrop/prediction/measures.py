@@ -198,7 +198,10 @@ def log_likelihood(
     else:
         nu = wide(torch.as_tensor(degrees, device=samples.device))
         if not bool((nu > 0).all()):
-            raise ValueError(f"vardrop.log_likelihood: degrees of freedom must be above 0, got {degrees}")
+            raise ValueError(
+                f"vardrop.log_likelihood: degrees of freedom must be above 0, got {degrees}; leave them out for one "
+                "precision of all examples"
+            )
         power = 0.5 * (nu + size)
         constant = constant + power.lgamma() - (0.5 * nu).lgamma() - 0.5 * size * (nu * math.pi).log()
         terms = constant - power * (distance / nu).log1p()

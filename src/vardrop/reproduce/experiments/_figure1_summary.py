@@ -139,12 +139,12 @@ def _most(values: Any) -> float | None:
 def _first_gap(pairs: list[Row]) -> float | None:
     """In standard errors of the difference of two gaps; a gap is how far learned is below fixed.
 
-    Sizes with a single seed have no such error, and do not count.
+    A size with a single seed has no such error, and does not count; if it is the smallest, there is no answer.
     """
-    pairs = [row for row in pairs if row["standard_error"] is not None]
-    if len(pairs) < 2:
+    judged = [row for row in pairs[1:] if row["standard_error"] is not None]
+    if not judged or pairs[0]["standard_error"] is None:
         return None
-    largest = min(pairs[1:], key=lambda row: row["points"])
+    largest = min(judged, key=lambda row: row["points"])
     error = math.hypot(pairs[0]["standard_error"], largest["standard_error"])
     return (largest["points"] - pairs[0]["points"]) / error if error else 0.0
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 UNTUNED = "vd-a2"
 BESIDE = ("vd-a", "vd-b")
 TIMES = 3
-LONGER = f"vd-a2, {TIMES} times the steps"
+LONGER = f"{UNTUNED}, {TIMES} times the steps"
 GRID = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 INPUT = 0.4  # rate of the input over that of hidden units
 MEASURES = ("error", "nll")
@@ -178,7 +178,7 @@ def _compared(seeds: list[list[Row]], measure: str, method: str) -> Row:
     return {
         "table": measure if method == UNTUNED else f"{measure}, {TIMES} times the steps",
         "run": method, "set": seeds[0][0]["set"], "unit": seeds[0][0]["unit"] if measure == "error" else "nats",
-        "seeds": len(seeds), "vd-a2": statistics.fmean(of(method)),
+        "seeds": len(seeds), UNTUNED: statistics.fmean(of(method)),
         "best_of_the_grid": statistics.fmean(row[column] for row in best), "difference": mean,
         "standard_error": error, "verdict": verdict(mean, error), "no_dropout": statistics.fmean(zero), **beside,
         "chosen_rates": ", ".join(f"{row['rate']:g}" for row in best), "learned_hidden_rate": statistics.fmean(learned),
