@@ -483,6 +483,14 @@ class TestEvaluate:
         assert "has no best one" in " ".join(result["notes"])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("samples", [1, 5])
+def test_on_another_device(vardrop_, digits, tmp_path, samples):
+    for command in ("predict", "evaluate"):
+        status, _, err = vardrop_(command, digits, "--device", "cuda", "--samples", samples, "--limit", 20)
+        assert status == 0, err
+
+
 class TestWhatAUserCanPutRight:
     @pytest.mark.parametrize(
         ("command", "options", "words"),
@@ -501,6 +509,8 @@ class TestWhatAUserCanPutRight:
             ("evaluate", ["--target-error", "-1"], "target_error must be finite and at least 0, got -1"),
             ("evaluate", ["--ood", "nois"], "name must be digits"),
             ("evaluate", ["--ood", "digits"], "a strange set must not be the run's own"),
+            ("predict", ["--device", "tpu"], "device must be one of this machine, such as cpu, .* got 'tpu'"),
+            ("evaluate", ["--device", "meta"], "device must be .* got 'meta': what is there has no numbers"),
         ],
     )
     def test_options(self, vardrop_, digits, command, options, words):

@@ -171,7 +171,7 @@ def answer(run: OpenRun, x: Tensor, passes: Passes) -> Classes | Numbers:
             f"vardrop.evaluation: a run without noise answers the same every time, got {passes.samples} passes of "
             f"{run.config.method} in {run.path}; ask for one with --samples 1, or train with another --method"
         )
-    x = x.to(next(run.task.network.parameters()).dtype)
+    x = x.to(_first_weight(run).dtype)
     single = passes.samples == 1
     if run.regression:
         return _numbers(run, *(_quiet(run, x) if single else _noisy(run, x, passes, "values")))
@@ -190,10 +190,16 @@ def answer(run: OpenRun, x: Tensor, passes: Passes) -> Classes | Numbers:
     )
 
 
+def _first_weight(run: OpenRun) -> Tensor:
+    """For the type and the place of all."""
+    return next(run.task.network.parameters())
+
+
 @torch.no_grad()
 def _quiet(run: OpenRun, x: Tensor) -> tuple[Tensor, str, None]:
     """Outputs with the noise off, ``[1, N, C]`` in double precision."""
-    parts = [run.task.network(x[i : i + AT_ONCE]) for i in range(0, len(x), AT_ONCE)]
+    device = _first_weight(run).device
+    parts = [run.task.network(x[i : i + AT_ONCE].to(device)).cpu() for i in range(0, len(x), AT_ONCE)]
     return torch.cat(parts).double()[None], "one pass with the noise off", None
 
 

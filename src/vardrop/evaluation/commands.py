@@ -29,6 +29,7 @@ _Engine = Annotated[
     str, typer.Option(help="auto | vmap | loop: many passes at once, or one by one", rich_help_panel=_HOW)
 ]
 _Memory = Annotated[str | None, typer.Option(help="For the passes, in bytes or as 500M, 2G.", rich_help_panel=_HOW)]
+_Device = Annotated[str, typer.Option(help="cpu | cuda | cuda:1 | mps", rich_help_panel=_HOW)]
 _DataDir = Annotated[
     Path | None, typer.Option(help="Look for data here first; then $VARDROP_DATA, ./data, the user's cache.")
 ]
@@ -54,6 +55,7 @@ def predict(
     limit: _Limit = None,
     engine: _Engine = "auto",
     max_memory: _Memory = None,
+    device: _Device = "cpu",
     data_dir: _DataDir = None,
     progress: _Progress = True,
 ) -> None:
@@ -88,7 +90,7 @@ def predict(
     if out is not None:
         writer_of(out)
         make_ready(out.parent)
-    opened = open_run(run, data_dir)
+    opened = open_run(run, data_dir, device)
     wanted = examples(opened, data, split).first(limit)
     if calibrate:
         temperature = fitted_temperature(opened, passes)
@@ -119,6 +121,7 @@ def evaluate(
     limit: _Limit = None,
     engine: _Engine = "auto",
     max_memory: _Memory = None,
+    device: _Device = "cpu",
     data_dir: _DataDir = None,
     progress: _Progress = True,
 ) -> None:
@@ -145,7 +148,7 @@ def evaluate(
     from vardrop.report.uncertainty import write_uncertainty
 
     passes = _passes(samples, seed, limit, engine, max_memory, progress)
-    opened, folder = open_run(run, data_dir), out or run
+    opened, folder = open_run(run, data_dir, device), out or run
     make_ready(folder)
     found = measure(opened, passes, tuple(dict.fromkeys(ood or ())), target_error, limit)
     found.result["command"] = _command(run, ood or (), target_error, samples, seed, limit, engine)

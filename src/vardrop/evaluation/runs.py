@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -56,16 +57,17 @@ class OpenRun:
         return x, y
 
 
-def open_run(path: Path, data_dir: Path | None = None) -> OpenRun:
+def open_run(path: Path, data_dir: Path | None = None, device: str = "cpu") -> OpenRun:
     """Open the folder of a run that has ended.
 
     Args:
         path: what ``vardrop train --out`` wrote.
         data_dir: where to look for its data first, if they have moved.
+        device: where the network goes, as torch names it; the data stay where they are.
 
     Raises:
         FileNotFoundError: if it is no run, it has not ended, or its data are not here.
-        ValueError: if a file in it is damaged.
+        ValueError: if a file in it is damaged, or this machine has no such device.
 
     Example:
         >>> import tempfile
@@ -92,4 +94,14 @@ def open_run(path: Path, data_dir: Path | None = None) -> OpenRun:
     config = Config.read(path / CONFIG)
     root = data_dir or (Path(config.data_dir) if config.data_dir else None)
     data = load(config.data, root, config.split)
-    return OpenRun(path, config, data, load_task(path, data), root)
+    task = load_task(path, data)
+    try:
+        if torch.device(device).type == "meta":
+            raise RuntimeError("what is there has no numbers")
+        task.to(device)
+    except (AssertionError, RuntimeError) as error:  # torch has another one for every kind of device
+        raise ValueError(
+            "vardrop.evaluation: device must be one of this machine, such as cpu, cuda, cuda:1 or mps, "
+            f"got {device!r}: {str(error).splitlines()[0]}"
+        ) from error
+    return OpenRun(path, config, data, task, root)

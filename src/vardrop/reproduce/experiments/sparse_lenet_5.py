@@ -27,8 +27,8 @@ def cells(scale: str) -> list[Config]:
         recipe = _sparse.Recipe(dense=1, epochs=2, warmup=1, decay=0.6, shrink=1, finetune=1)
         size: Config = {"data": "digits", "train": 400, "ratios": [280.0]}
     else:
-        longer = {"cpu": 1, "gpu": 4}[scale]
-        recipe = _sparse.Recipe(5 * longer, 45 * longer, 10 * longer, decay=0.6, shrink=1, finetune=6)
+        longer = {"cpu": 1, "gpu": 2}[scale]
+        recipe = _sparse.Recipe(5 * longer, 200 * longer, 10 * longer, decay=1.0, shrink=5, finetune=6)
         size = {"data": "mnist", "train": 60_000, "ratios": [280.0, 350.0]}
     base = {"model": "lenet-5", **size, **recipe._asdict(), "extra_digits": 1, "enlarge": 2 if scale == "smoke" else 1}
     return [{**base, "seed": seed} for seed in range(1 if scale == "smoke" else 3)]
