@@ -10,10 +10,10 @@ from torch import nn
 
 import vardrop as vd
 from vardrop.models import build
-from vardrop.reproduce.experiments import EXPERIMENTS, _sparse, sparse_cifar
+from vardrop.reproduce.experiments import EXPERIMENTS, _sparse, _sparse_training, sparse_cifar
 from vardrop.weights.modules import noisy_weights
 
-RECIPE = _sparse.Recipe(dense=1, epochs=4, warmup=1, decay=0.5, shrink=2, finetune=1, batch=32)
+RECIPE = _sparse_training.Recipe(dense=1, epochs=4, warmup=1, decay=0.5, shrink=2, finetune=1, batch=32)
 
 
 def digits(n: int = 256) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,7 +27,7 @@ def noisy() -> nn.Module:
     """A network with units whose weights are all noise."""
     torch.manual_seed(0)
     net = build("mlp:12,8", (20,), 10)
-    vd.convert_(net, _sparse.POSTERIOR)
+    vd.convert_(net, _sparse_training.POSTERIOR)
     with torch.no_grad():
         for weight in noisy_weights(net):
             weight.noise.uniform_(-8, -4)
@@ -40,13 +40,13 @@ def noisy() -> nn.Module:
 
 def test_shrinking_keeps_means_rates_and_the_function_without_the_noise(noisy: nn.Module) -> None:
     x = torch.randn(5, 20)
-    small = _sparse.shrink(noisy, x[:2])
+    small = _sparse_training.shrink(noisy, x[:2])
     shapes = [tuple(weight.mean.shape) for weight in noisy_weights(small)]
     assert shapes == [(7, 20), (8, 7), (10, 8)]
     pruned = copy.deepcopy(noisy)
-    vd.sparsify_(pruned, threshold=_sparse.THRESHOLD)
+    vd.sparsify_(pruned, threshold=_sparse_training.THRESHOLD)
     smaller = copy.deepcopy(small)
-    vd.sparsify_(smaller, threshold=_sparse.THRESHOLD)
+    vd.sparsify_(smaller, threshold=_sparse_training.THRESHOLD)
     torch.testing.assert_close(smaller.eval()(x), pruned.eval()(x))
     live = [1, 2, 7, 8, 9, 10, 11]
     (first, second, _), (mine, next_, _) = noisy_weights(noisy), noisy_weights(small)
@@ -59,13 +59,13 @@ def test_training_makes_a_network_sparse_that_still_knows_its_classes() -> None:
     torch.manual_seed(0)
     x, y = digits()
     net = build("mlp:32", (20,), 10)
-    _sparse.fit(net, x, y, 40, 1e-2, seed=0)
-    assert _sparse.error(net, x, y) < 5
+    _sparse_training.fit(net, x, y, 40, 1e-2, seed=0)
+    assert _sparse_training.error(net, x, y) < 5
     recipe = RECIPE._replace(epochs=150, warmup=30, shrink=50, lr=1e-2)
-    net = _sparse.train(net, x, y, recipe, seed=0)
-    report = vd.sparsify_(net, threshold=_sparse.THRESHOLD)
+    net = _sparse_training.train(net, x, y, recipe, seed=0)
+    report = vd.sparsify_(net, threshold=_sparse_training.THRESHOLD)
     assert report.sparsity > 0.3
-    assert _sparse.error(net, x, y) < 10
+    assert _sparse_training.error(net, x, y) < 10
 
 
 def test_as_many_weights_stay_as_are_asked_for(noisy: nn.Module) -> None:
@@ -83,11 +83,30 @@ def test_fine_tuning_leaves_zeros_and_noise(noisy: nn.Module) -> None:
     noise = [weight.noise.clone() for weight in noisy_weights(net)]
     means = [weight.mean.clone() for weight in noisy_weights(net)]
     with vd.finetune(net):
-        _sparse.fit(net, x, y, 2, 1e-2, seed=0)
+        _sparse_training.fit(net, x, y, 2, 1e-2, seed=0)
     for weight, gone, was, mean in zip(noisy_weights(net), zeros, noise, means, strict=True):
         assert torch.equal(weight.mean == 0, gone)
         assert torch.equal(weight.noise, was)
         assert not torch.equal(weight.mean, mean)
+
+
+def test_a_student_learns_what_the_teacher_says_on_average_and_not_the_labels(noisy: nn.Module) -> None:
+    x, y = digits(64)
+    soft = _sparse_training.said(noisy, x, temperature=3.0, seed=0)
+    torch.testing.assert_close(soft.probabilities.sum(1), torch.ones(64))
+    warm = _sparse_training.said(noisy, x, temperature=30.0, seed=0)
+    assert warm.probabilities.amax(1).mean() < soft.probabilities.amax(1).mean()  # nearer to even
+    with vd.stochastic(noisy), torch.no_grad():
+        passes = torch.stack([(noisy(x) / 3).softmax(1) for _ in range(200)])
+    spread = passes.std(0) * (1 / 200 + 1 / _sparse_training.TEACHER_PASSES) ** 0.5
+    assert ((soft.probabilities - passes.mean(0)) / spread).square().mean() < 1.5  # z-scores of 640 entries
+    x, y = digits()
+    teacher = (y + 1) % 10
+    net = build("mlp:32", (20,), 10)
+    certain = _sparse_training.Soft(torch.eye(10)[teacher], 3.0)
+    _sparse_training.fit(net, x, y, 40, 1e-2, seed=0, soft=certain)
+    assert _sparse_training.error(net, x, teacher) < 5
+    assert _sparse_training.error(net, x, y) > 95
 
 
 def test_a_file_that_gives_back_something_else_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,9 +131,11 @@ def test_stages_of_a_cell(name: str) -> None:
     experiment = EXPERIMENTS[name]
     (config,) = experiment.cells("smoke")
     rows = [row for row in experiment.run_cell(config) if row["stage"] != "epoch"]
-    dense, threshold, tuned, file, *_ = rows
-    stages = ["dense", "log alpha > 3", *["fine-tuned", "in the file"] * len(config["ratios"])]
+    trained = ["fine-tuned", "distilled"] if "temperature" in config else ["fine-tuned"]
+    stages = ["dense", "log alpha > 3", *[*trained, "in the file"] * len(config["ratios"])]
     assert [row["stage"] for row in rows] == stages
+    dense, threshold, tuned = rows[:3]
+    file = rows[2 + len(trained)]
     assert dense["ratio"] == 1
     assert threshold["ratio"] > 1
     assert tuned["weights"] == pytest.approx(dense["weights"] / config["ratios"][0], abs=1)

@@ -1,4 +1,4 @@
-"""Training a network until most of its weights are noise, and taking them out; for the experiments on sparsity.
+"""The stages of a network that gets sparse, from the dense one to a file, and their figure.
 
 The recipe was chosen on 5,000 of the training images; what is reported is trained on all of them, for a number of
 epochs that is fixed beforehand, and tested once.
@@ -7,152 +7,28 @@ epochs that is fixed beforehand, and tested once.
 from __future__ import annotations
 
 import copy
-import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import vardrop as vd
 from vardrop.data import load
 from vardrop.models import build
 from vardrop.reproduce.experiment import Config, Row
+from vardrop.reproduce.experiments._sparse_training import THRESHOLD, Recipe, Soft, error, fit, said, train
 from vardrop.sparsity.same import multiply_adds
-from vardrop.training.averaging import Averages
-from vardrop.weights.modules import RandomWeights, noisy_weights
+from vardrop.weights.modules import noisy_weights
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from vardrop.reproduce.results import Result
-
-THRESHOLD = 3.0  # of log α: Molchanov et al. 2017
-POSTERIOR = vd.SparseVariationalDropout(log_variance=-8.0)
-PLAIN_BATCH = 128
-
-
-class Recipe(NamedTuple):
-    """How a network is trained; times in epochs, with Adam.
-
-    Args:
-        dense: without noise, on a learning rate that falls to zero; what sparse training begins with.
-        epochs: with noise, on a learning rate that falls linearly to zero over the last ``decay`` part of them.
-        warmup: over which the weight of the divergence grows from 0 to 1.
-        decay: see there.
-        shrink: between two times at which dead units are taken out of the network in training, which saves
-            time and begins the moments of Adam anew.
-        finetune: without noise, at each of the sparsities, zeros kept.
-        batch: examples, with noise.
-        lr: of all of these.
-    """
-
-    dense: int
-    epochs: int
-    warmup: int
-    decay: float
-    shrink: int
-    finetune: int
-    batch: int = 128
-    lr: float = 1e-3
-
-
-def error(net: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Misclassified, in percent, in evaluation."""
-    training = net.training
-    net.eval()
-    with torch.no_grad():
-        wrong = sum(int((net(a).argmax(1) != b).sum()) for a, b in zip(x.split(1000), y.split(1000), strict=True))
-    net.train(training)
-    return 100 * wrong / len(x)
-
-
-def fit(net: nn.Module, x: Tensor, y: Tensor, epochs: int, lr: float, seed: int) -> None:
-    """Train without noise on a learning rate that falls to zero; what is left in the network is the steps' average."""
-    noise = {id(weight.noise) for weight in noisy_weights(net)}
-    parameters = [p for p in net.parameters() if id(p) not in noise]
-    adam = torch.optim.Adam(parameters, lr=lr, fused=True)
-    averages = Averages(parameters, 0.999)
-    order = torch.Generator().manual_seed(seed)
-    steps = math.ceil(len(x) / PLAIN_BATCH)
-    net.train()
-    with vd.estimator("none"):
-        for step in range(epochs * steps):
-            if step % steps == 0:
-                batches = torch.randperm(len(x), generator=order).split(PLAIN_BATCH)
-            adam.param_groups[0]["lr"] = lr * (1 - step / (epochs * steps))
-            rows = batches[step % steps]
-            loss = F.cross_entropy(net(x[rows]), y[rows])
-            adam.zero_grad()
-            loss.backward()
-            adam.step()
-            averages.update()
-    for parameter, average in zip(parameters, averages.values, strict=True):
-        parameter.data.copy_(average)
-    net.eval()
-
-
-def shrink(net: nn.Module, example: Tensor) -> nn.Module:
-    """The network in training without the units that no weight below the threshold reaches or reads."""
-    pruned = copy.deepcopy(net)
-    vd.sparsify_(pruned, threshold=THRESHOLD, allow_empty=True)
-    small: Any = vd.compact(pruned, example)
-    kept = small.compaction.kept
-    for name, module in net.named_modules():
-        if not isinstance(module, RandomWeights):
-            continue
-        old: Any = module
-        new: Any = small.get_submodule(name)
-        new = new[1] if isinstance(new, nn.Sequential) else new  # behind a selection of inputs
-        vd.convert_(new, POSTERIOR)
-        for key in ("weight", "weight_log_variance"):
-            value = old._parameters[key].detach()
-            if name in kept:
-                outputs, inputs = kept[name]
-                value = value[outputs][:, inputs]
-            new._parameters[key].data.copy_(value)
-    del small.compaction
-    small.train(net.training)
-    return small
-
-
-def train(
-    net: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    recipe: Recipe,
-    seed: int,
-    watch: Callable[[int, nn.Module], None] = lambda epoch, net: None,
-) -> nn.Module:
-    """Train a plain network with sparse variational dropout; gives the converted one, without its dead units.
-
-    ``watch`` is called after every epoch. Where units are taken out Adam's moments begin anew.
-    """
-    vd.convert_(net, POSTERIOR)
-    order = torch.Generator().manual_seed(seed)
-    steps = math.ceil(len(x) / recipe.batch)
-    net.train()
-    adam = torch.optim.Adam(net.parameters(), fused=True)
-    for epoch in range(recipe.epochs):
-        elbo = vd.ELBO(net, len(x), warmup=recipe.warmup * steps)
-        elbo.load_state_dict({"step": epoch * steps})
-        for step, rows in enumerate(torch.randperm(len(x), generator=order).split(recipe.batch)):
-            left = 1 - (epoch + step / steps) / recipe.epochs
-            adam.param_groups[0]["lr"] = recipe.lr * min(1.0, left / recipe.decay)
-            loss = elbo(F.cross_entropy(net(x[rows]), y[rows]))
-            adam.zero_grad()
-            loss.backward()
-            adam.step()
-        if (epoch + 1) % recipe.shrink == 0 and epoch + 1 < recipe.epochs:
-            net = shrink(net, x[:2])
-            adam = torch.optim.Adam(net.parameters(), fused=True)
-        watch(epoch + 1, net)
-    return net
 
 
 def weights_left(net: nn.Module) -> list[int]:
@@ -190,6 +66,9 @@ def file_size(net: nn.Module) -> int:
 
 def run_cell(config: Config) -> list[Row]:
     """Train one network and take weights out of it: a row for every stage.
+
+    What is left is fine-tuned on the labels; with a ``temperature`` in the config also on what the noisy network says
+    on average, another copy, which is then what goes into the file.
 
     ``error`` is that of the test images in percent, ``ratio`` all weights over those that are not zero, ``bytes`` the
     size of the file: of float32 for dense networks, else compressed.
@@ -238,11 +117,15 @@ def run_cell(config: Config) -> list[Row]:
     pruned = copy.deepcopy(noisy)
     vd.sparsify_(pruned, threshold=THRESHOLD, allow_empty=True)
     record("log alpha > 3", pruned.eval())
+    stages: dict[str, Soft | None] = {"fine-tuned": None}
+    if "temperature" in config:
+        stages["distilled"] = said(noisy, x, config["temperature"], config["seed"])
     for target in config["ratios"]:
-        pruned = remove(noisy, target, total)
-        with vd.finetune(pruned):
-            fit(pruned, x, y, recipe.finetune, recipe.lr, config["seed"])
-        record("fine-tuned", pruned, target)
+        for stage, soft in stages.items():
+            pruned = remove(noisy, target, total)
+            with vd.finetune(pruned):
+                fit(pruned, x, y, recipe.finetune, recipe.lr, config["seed"], soft)
+            record(stage, pruned, target)
         rounded = vd.quantize_to_noise(pruned, extra=config["extra_digits"], other_digits=8)
         small: Any = vd.compact(rounded, example)
         size = file_size(small)
@@ -285,8 +168,11 @@ def figure(results: list[Result], published: Sequence[tuple[str, float, float]])
     chart = Figure(figsize=(7, 4.2), layout="constrained")
     axes = chart.add_subplot()
     means = summarise(results)
-    for stage, marker in (("dense", "*"), ("log alpha > 3", "D"), ("fine-tuned", "o"), ("in the file", "s")):
+    marks = {"dense": "*", "log alpha > 3": "D", "fine-tuned": "o", "distilled": "^", "in the file": "s"}
+    for stage, marker in marks.items():
         here = [row for row in means if row["stage"] == stage]
+        if not here:
+            continue
         axes.errorbar(
             [row["ratio"] for row in here], [row["error"] for row in here],
             [row["error_std"] or 0.0 for row in here], marker=marker, capsize=3, label=f"ours, {stage}",

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from vardrop.reproduce.experiment import Config, Experiment
 from vardrop.reproduce.experiments import _sparse
+from vardrop.reproduce.experiments._sparse_training import Recipe
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,11 +25,11 @@ PUBLISHED = (  # Molchanov, Ashukha, Vetrov 2017, table 1, and those it compares
 def cells(scale: str) -> list[Config]:
     """One for every seed."""
     if scale == "smoke":
-        recipe = _sparse.Recipe(dense=2, epochs=8, warmup=2, decay=0.6, shrink=3, finetune=1)
+        recipe = Recipe(dense=2, epochs=8, warmup=2, decay=0.6, shrink=3, finetune=1)
         size: Config = {"data": "digits", "train": 1000, "ratios": [68.0, 100.0]}
     else:
         longer = {"cpu": 1, "gpu": 4}[scale]
-        recipe = _sparse.Recipe(10, 200 * longer, 50 * longer, decay=1.0, shrink=5, finetune=10, batch=256)
+        recipe = Recipe(10, 200 * longer, 50 * longer, decay=1.0, shrink=5, finetune=10, batch=256)
         size = {"data": "mnist", "train": 60_000, "ratios": [68.0, 100.0, 150.0]}
     base = {"model": "lenet-300-100", **size, **recipe._asdict(), "extra_digits": 1, "enlarge": 1}
     return [{**base, "seed": seed} for seed in range(1 if scale == "smoke" else 3)]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from vardrop.reproduce.experiment import Config, Experiment
 from vardrop.reproduce.experiments import _sparse
+from vardrop.reproduce.experiments._sparse_training import Recipe
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,13 +25,16 @@ PUBLISHED = (  # Molchanov, Ashukha, Vetrov 2017, table 1, and those it compares
 def cells(scale: str) -> list[Config]:
     """One for every seed."""
     if scale == "smoke":
-        recipe = _sparse.Recipe(dense=1, epochs=2, warmup=1, decay=0.6, shrink=1, finetune=1)
+        recipe = Recipe(dense=1, epochs=2, warmup=1, decay=0.6, shrink=1, finetune=1)
         size: Config = {"data": "digits", "train": 400, "ratios": [280.0]}
     else:
         longer = {"cpu": 1, "gpu": 2}[scale]
-        recipe = _sparse.Recipe(5 * longer, 200 * longer, 10 * longer, decay=1.0, shrink=5, finetune=6)
+        recipe = Recipe(5 * longer, 200 * longer, 10 * longer, decay=1.0, shrink=5, finetune=6)
         size = {"data": "mnist", "train": 60_000, "ratios": [280.0, 350.0]}
-    base = {"model": "lenet-5", **size, **recipe._asdict(), "extra_digits": 1, "enlarge": 2 if scale == "smoke" else 1}
+    base = {
+        "model": "lenet-5", **size, **recipe._asdict(), "temperature": 3.0, "extra_digits": 1,
+        "enlarge": 2 if scale == "smoke" else 1,
+    }  # fmt: skip
     return [{**base, "seed": seed} for seed in range(1 if scale == "smoke" else 3)]
 
 
