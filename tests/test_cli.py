@@ -12,6 +12,7 @@ import torch
 import vardrop
 from commands import refused
 from vardrop import cli
+from vardrop.data import listing
 from vardrop.methods import METHODS
 from vardrop.training import Config
 from vardrop.training import files as files_module
@@ -208,6 +209,10 @@ def test_data_lists_and_downloads(vardrop_, tmp_path, monkeypatch):
     assert status == 0
     assert "digits" in out
     assert "cifar10" in out
+    assert "uci:protein-tertiary-structure " in out  # names are whole, however narrow the screen
+    how = out.partition("how to get what is not here:")[2]
+    here = {found.name: found.where is not None for found in listing()}
+    assert ("  mnist: `vardrop data --download mnist`" in how) is not here["mnist"]
     asked = []
     monkeypatch.setattr("vardrop.data.download", lambda name, root: asked.append((name, root)) or root / name)
     status, out, _ = vardrop_("data", "--download", "mnist", "--download", "cifar10", "--data-dir", tmp_path)

@@ -184,7 +184,7 @@ def test_jpeg_says_so_and_has_its_colours(only):
     assert data.name == "CIFAR-10 (JPEG q75)"
     assert data.shape == (3, 32, 32)
     torch.testing.assert_close(data.train_x.mean((2, 3)), torch.tensor([[1.0, 0, 0], [0, 0, 1]]), atol=0.02, rtol=0)
-    assert {found.name: found.what for found in listing(only)}["cifar10"].startswith("CIFAR-10 (JPEG q75): ")
+    assert {found.name: found.what for found in listing(only)}["cifar10"].endswith(" (JPEG q75)")
 
 
 @pytest.mark.parametrize(
@@ -474,10 +474,14 @@ def test_what_is_missing_is_said_with_where_it_looked_and_how_to_get_it(only):
 
 def test_listing_says_how_to_get_everything(only):
     lines = listing(only)
-    assert {"digits", "mnist", "fashion-mnist", "cifar10", "notmnist", "uci:yacht"} <= {found.name for found in lines}
+    names = {"digits", "mnist", "fashion-mnist", "cifar10", "notmnist", "uci:yacht", "tinyshakespeare"}
+    assert names <= {found.name for found in lines}
     assert [found.name for found in lines if found.where is not None] == ["digits"]
     assert lines[0].where.is_file()
     assert all(found.how and found.what for found in lines)
+    (only / "text").mkdir()
+    (only / "text/tinyshakespeare.txt").write_text("To be")
+    assert listing(only)[-1].where == only / "text/tinyshakespeare.txt"
 
 
 # Download

@@ -191,10 +191,13 @@ def data(
         _print(f"{name}: {fetch(name, data_dir)}")
     if download:
         return
-    table = Table("name", "what it is", Column("where", overflow="fold"), box=None)
+    table, lacking = Table(Column("name", no_wrap=True), "what it is", Column("where", overflow="fold"), box=None), []
     for found in listing(data_dir):
-        table.add_row(found.name, found.what, str(found.where) if found.where else f"[dim]not here: {found.how}[/dim]")
+        table.add_row(found.name, found.what, str(found.where) if found.where else "[dim]not here[/dim]")
+        lacking += [] if found.where else [f"  {found.name}: {found.how}"]
     _print(table)
+    if lacking:
+        _print("\n".join(["", "how to get what is not here:", *lacking]))
 
 
 @app.command()

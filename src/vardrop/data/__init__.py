@@ -7,7 +7,8 @@ from pathlib import Path
 
 from vardrop.data.dataset import Data, split_validation
 from vardrop.data.images import cifar10, digits, mnist_like
-from vardrop.data.places import SOURCES, Found, download, listing
+from vardrop.data.listing import Found, listing
+from vardrop.data.places import SOURCES, download
 from vardrop.data.tables import table, uci
 
 __all__ = ["Data", "Found", "download", "listing", "load", "split_validation"]

@@ -1,4 +1,4 @@
-"""Which data sets there are, where they are looked for, and how they are got."""
+"""Where the files of data sets are looked for, and how they are got."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pooch
-import sklearn.datasets
 
 IDX_FILES = (
     "train-images-idx3-ubyte.gz",
@@ -61,7 +60,7 @@ class Source:
 
 SOURCES = {
     "mnist": Source(
-        "MNIST: 70,000 handwritten digits, 28 × 28",
+        "70,000 handwritten digits, 28 × 28",
         "mnist",
         (IDX_FILES,),
         ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/"),
@@ -79,7 +78,7 @@ SOURCES = {
         ),
     ),
     "fashion-mnist": Source(
-        "Fashion-MNIST: 70,000 pieces of clothing, 28 × 28",
+        "70,000 pieces of clothing, 28 × 28",
         "fashion-mnist",
         (IDX_FILES,),
         ("https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",),
@@ -97,21 +96,21 @@ SOURCES = {
         ),
     ),
     "cifar10": Source(
-        "CIFAR-10: 60,000 small colour photographs, 32 × 32",
+        "60,000 small colour photographs, 32 × 32",
         "cifar10",
         ((ARCHIVE_FILE,), (JPEG_FILE,)),
         ("https://www.cs.toronto.edu/~kriz/",),
         {ARCHIVE_FILE: "c58f30108f718f92721af3b95e74349a"},
     ),
     "notmnist": Source(
-        "notMNIST: letters A-J from fonts, 28 × 28, to be told from digits",
+        "letters A-J from fonts, 28 × 28, to be told from digits",
         "notmnist",
         (IDX_FILES, IDX_FILES[2:]),
         by_hand="take the t10k files of https://github.com/davidflanagan/notMNIST-to-MNIST",
     ),
     **{
         f"uci:{name}": Source(
-            f"UCI {name}: regression, standard splits",
+            "regression, standard splits",
             f"uci/{name}",
             (UCI_FILES,),
             by_hand=f"take UCI_Datasets/{name}/data of {UCI_HOME}",
@@ -119,23 +118,6 @@ SOURCES = {
         for name in UCI_NAMES
     },
 }
-
-
-@dataclass(frozen=True)
-class Found:
-    """A line of :func:`listing`.
-
-    Attributes:
-        name: to give to :func:`load`.
-        what: it is, in a few words.
-        where: the folder or file it would be read from, None if it was not found.
-        how: to get it, in a sentence.
-    """
-
-    name: str
-    what: str
-    where: Path | None
-    how: str
 
 
 def roots(root: Path | None = None) -> list[Path]:
@@ -168,33 +150,8 @@ def need(name: str, root: Path | None = None) -> tuple[Path, tuple[str, ...]]:
         looked.append(f"{folder} (has no {', '.join(lacking)})" if there else str(folder))
     raise FileNotFoundError(
         f"vardrop.data: the files of {name} must be in a folder that is looked at, got none in {'; '.join(looked)}; "
-        f"{_how(name)}, or set VARDROP_DATA to the folder that has {source.folder}"
+        f"{how_to_get(name)}, or set VARDROP_DATA to the folder that has {source.folder}"
     )
-
-
-def listing(root: Path | None = None) -> list[Found]:
-    """All data sets that have a name: what each is, where it was found, how to get it.
-
-    Args:
-        root: a folder to look in before the others (see :func:`load`).
-
-    Returns:
-        One line for each.
-
-    Example:
-        >>> from vardrop.data import listing
-        >>> [found.name for found in listing()][:5]
-        ['digits', 'mnist', 'fashion-mnist', 'cifar10', 'notmnist']
-    """
-    digits = Path(sklearn.datasets.__file__).parent / "data" / "digits.csv.gz"
-    lines = [Found("digits", "digits: 1,797 handwritten digits, 8 × 8", digits, "it comes with scikit-learn")]
-    for name, source in SOURCES.items():
-        found = find(name, root)
-        what = source.what
-        if found is not None and found[1] == (JPEG_FILE,):
-            what = what.replace("CIFAR-10", "CIFAR-10 (JPEG q75)")
-        lines.append(Found(name, what, found and found[0], _how(name)))
-    return lines
 
 
 def download(name: str, root: Path | None = None) -> Path:
@@ -221,7 +178,8 @@ def download(name: str, root: Path | None = None) -> Path:
     if source is None or not source.mirrors:
         can = ", ".join(name for name, source in SOURCES.items() if source.mirrors)
         raise ValueError(
-            f"vardrop.data.download: name must be one of {can}, got {name!r}" + (f"; {_how(name)}" if source else "")
+            f"vardrop.data.download: name must be one of {can}, got {name!r}"
+            + (f"; {how_to_get(name)}" if source else "")
         )
     folder = roots(root)[0 if root is not None else -1] / source.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -270,7 +228,8 @@ def _fetch(name: str, file: str, md5: str, folder: Path) -> None:
     )
 
 
-def _how(name: str) -> str:
+def how_to_get(name: str) -> str:
+    """How the files of a data set are got, in words."""
     source = SOURCES[name]
     if source.mirrors:
         return f"`vardrop data --download {name}` fetches them from {source.mirrors[0]}"

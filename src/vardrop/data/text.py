@@ -10,8 +10,18 @@ from torch import Tensor
 
 from vardrop.data.places import roots
 
-TEXTS = {  # name -> file below a root, how to get it
-    "tinyshakespeare": (
+
+class Text(NamedTuple):
+    """A text that lives in a file: what it is, the file below a root, how to get it."""
+
+    what: str
+    file: str
+    by_hand: str
+
+
+TEXTS = {
+    "tinyshakespeare": Text(
+        "plays of Shakespeare, 1,115,394 characters",
         "text/tinyshakespeare.txt",
         "take data/tinyshakespeare/input.txt of https://github.com/karpathy/char-rnn",
     ),
@@ -51,21 +61,21 @@ def load_text(name: str, root: Path | None = None) -> str:
     """
     if name not in TEXTS:
         raise ValueError(f"vardrop.data: the name of a text must be one of {', '.join(TEXTS)}, got {name!r}")
-    file, how = TEXTS[name]
-    places = [place / file for place in roots(root)]
+    text = TEXTS[name]
+    places = [place / text.file for place in roots(root)]
     path = next((path for path in places if path.is_file()), None)
     if path is None:
         raise FileNotFoundError(
             f"vardrop.data: the text {name} must be a file in a folder that is looked at, got none of "
-            f"{'; '.join(map(str, places))}; {how}, or set VARDROP_DATA to the folder that has {file}"
+            f"{'; '.join(map(str, places))}; {text.by_hand}, or set VARDROP_DATA to the folder that has {text.file}"
         )
     try:
-        text = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"vardrop.data: the text {path} must be in UTF-8, got other bytes ({error})") from None
-    if not text:
+    if not content:
         raise ValueError(f"vardrop.data: the text {path} must have characters, got an empty file; get it anew")
-    return text
+    return content
 
 
 def encode(text: str) -> Characters:
