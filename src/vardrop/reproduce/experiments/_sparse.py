@@ -10,7 +10,7 @@ import copy
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import vardrop as vd
 from vardrop.data import load
 from vardrop.models import build
-from vardrop.reproduce.experiment import Config, Row
+from vardrop.reproduce.experiment import Config, Experiment, Row
 from vardrop.reproduce.experiments._sparse_training import THRESHOLD, Recipe, Soft, error, fit, said, train
 from vardrop.sparsity.same import multiply_adds
 from vardrop.weights.modules import noisy_weights
@@ -184,3 +184,21 @@ def figure(results: list[Result], published: Sequence[tuple[str, float, float]])
     axes.set(xscale="log", xlabel="weights of the dense network / weights left", ylabel="test error, %")
     axes.legend(fontsize=8)
     return chart
+
+
+def experiment(
+    name: str,
+    summary: str,
+    cells: Callable[[str], list[Config]],
+    published: Sequence[tuple[str, float, float]],
+) -> Experiment:
+    """The stages of one architecture beside what others have reported of it, see :func:`figure`."""
+    return Experiment(
+        name=name,
+        summary=summary,
+        cells=cells,
+        run_cell=run_cell,
+        summarise=summarise,
+        figure=lambda results, claims: figure(results, published),
+        figure_only=("curves",),
+    )

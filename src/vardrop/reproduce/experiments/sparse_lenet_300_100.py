@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from vardrop.reproduce.experiment import Config, Experiment
+from vardrop.reproduce.experiment import Config
 from vardrop.reproduce.experiments import _sparse
 from vardrop.reproduce.experiments._sparse_training import Recipe
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from vardrop.reproduce.claims import Claim
-    from vardrop.reproduce.results import Result
 
 PUBLISHED = (  # Molchanov, Ashukha, Vetrov 2017, table 1, and those it compares with: name, error %, ratio
     ("pruning (Han 2015)", 1.59, 12.0),
@@ -35,17 +27,9 @@ def cells(scale: str) -> list[Config]:
     return [{**base, "seed": seed} for seed in range(1 if scale == "smoke" else 3)]
 
 
-def figure(results: list[Result], claims: list[Claim]) -> Figure:
-    """Error against compression, beside the published table."""
-    return _sparse.figure(results, PUBLISHED)
-
-
-EXPERIMENT = Experiment(
-    name="sparse-lenet-300-100",
-    summary="Sparse variational dropout on LeNet-300-100, MNIST: error against the number of weights, and a real file.",
-    cells=cells,
-    run_cell=_sparse.run_cell,
-    summarise=_sparse.summarise,
-    figure=figure,
-    figure_only=("curves",),
+EXPERIMENT = _sparse.experiment(
+    "sparse-lenet-300-100",
+    "Sparse variational dropout on LeNet-300-100, MNIST: error against the number of weights, and a real file.",
+    cells,
+    PUBLISHED,
 )
