@@ -26,7 +26,10 @@ def network_row(share: float, work: float, validation: float, name: str = "LeNet
 
 def time_rows(share: float, work: float, ratios: tuple[float, float], **about: Any) -> list[dict[str, Any]]:
     identity = {"table": "times", "network": "LeNet-5", "seed": 0, **about, "kl_scale": share, "work_ratio": work}
-    return [{**identity, "batch": batch, "time_ratio": r} for batch, r in zip((1, 256), ratios, strict=True)]
+    return [
+        {**identity, "batch": batch, "ms_dense": 2.0, "ms_compact": 2 * r, "time_ratio": r}
+        for batch, r in zip((1, 256), ratios, strict=True)
+    ]
 
 
 def test_cells_are_networks_by_shares_by_seeds() -> None:
@@ -52,6 +55,7 @@ def test_validation_chooses_the_least_work_that_is_near_enough() -> None:
     rows += [*time_rows(0.1, 0.5, (1.0, 0.5)), *time_rows(0.2, 0.3, (0.9, 0.36)), *time_rows(0.5, 0.1, (0.8, 0.1))]
     chosen, mean, worst = compact.summarise([result(rows)])
     assert (chosen["kl_scale"], chosen["time_ratio_1"], mean["seeds"]) == (0.2, 0.9, 1)
+    assert (mean["ms_dense_256"], mean["ms_compact_256"]) == (2.0, pytest.approx(0.72))
     assert worst["over_work_256"] == pytest.approx(1.2)
     assert worst["error_increase"] == pytest.approx(0.5)
 

@@ -142,7 +142,9 @@ def test_stages_of_a_cell(name: str) -> None:
     assert file["bytes"] < dense["bytes"]
     assert file["smaller"] == dense["bytes"] / file["bytes"]
     assert file["parameters"] <= dense["parameters"]
-    assert file["multiply_adds"] <= dense["multiply_adds"]
+    work = {"sparse-lenet-300-100": 64 * 300 + 300 * 100 + 100 * 10, "sparse-lenet-5": None}[name]
+    assert work is None or dense["multiply_adds"] == work  # of one example
+    assert 0 < file["multiply_adds"] <= dense["multiply_adds"]
 
 
 def test_both_sides_of_the_comparison_have_the_same_zeros() -> None:

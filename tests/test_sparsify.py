@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import vardrop as vd
 from vardrop.sparsity.ranking import Order, groups_of
+from vardrop.weights.modules import noisy_weights
 
 POSTERIORS = {
     "sparse": vd.SparseVariationalDropout(),
@@ -246,6 +247,30 @@ def test_a_model_never_trained_sparse_is_told_so() -> None:
     bounded = mlp()
     vd.convert_(bounded, vd.VariationalDropout(type="B", sharing="weight"))
     assert "their posterior bounds log alpha by 0 (max_alpha)" in str(vd.sparsify_(bounded))
+    small = mlp()
+    with torch.no_grad():
+        small[0].weight[0, :2] = 1e-4  # some weights of any network are
+    vd.convert_(small, vd.SparseVariationalDropout())
+    report = vd.sparsify_(small)
+    assert report.removed > 0
+    assert "the noise was never trained: it has one value everywhere (-10)" in str(report)
+    with torch.no_grad():
+        next(iter(noisy_weights(small))).noise[0, 0] += 1
+    assert "never trained" not in str(vd.sparsify_(small))
+
+
+def test_more_than_the_noise_has_taken_over_is_said() -> None:
+    model = mlp()
+    vd.convert_(model, vd.SparseVariationalDropout())
+    with torch.no_grad():
+        for weight in noisy_weights(model):
+            weight.noise.uniform_(-9, -3)
+    report = vd.sparsify_(copy.deepcopy(model), target_sparsity=0.7)
+    assert report.threshold < 3
+    rate = 1 / (1 + math.exp(-report.threshold))
+    assert f"goes down to {report.threshold:.3g}, a dropout rate of {rate:.2g}: below 3" in str(report)
+    assert "has not taken" not in str(vd.sparsify_(copy.deepcopy(model), target_sparsity=0.01))
+    assert "has not taken" not in str(vd.sparsify_(model, threshold=-4.0))  # it was asked for by its number
 
 
 def test_tied_weights_are_counted_once_and_zero_in_both_places() -> None:

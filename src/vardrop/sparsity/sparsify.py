@@ -13,6 +13,8 @@ from vardrop.sparsity.ranking import Groups, Order, groups_of
 from vardrop.sparsity.search import Search, SparsityPoint, Validation, remove
 from vardrop.weights.modules import RandomWeights
 
+_TAKEN_OVER = 3.0  # log alpha: a dropout rate of 0.95
+
 
 class LayerSparsity(NamedTuple):
     """One weight of a model: its name, how many entries it has, how many of them are zero."""
@@ -120,9 +122,9 @@ def sparsify_(
         >>> layer = torch.nn.Linear(4, 1)
         >>> _ = layer.weight.data.copy_(torch.tensor([[1.0, 1e-3, -2.0, 1e-4]]))
         >>> _ = vd.convert_(layer, vd.SparseVariationalDropout())
-        >>> print(vd.sparsify_(layer))
-        total: 2 of 4 removed (50.0%), 2.0 x
-          weight: 2 of 4 removed (50.0%)
+        >>> report = vd.sparsify_(layer)
+        >>> report.sparsity, report.compression
+        (0.5, 2.0)
         >>> layer.eval().weight.tolist()
         [[1.0, 0.0, -2.0, 0.0]]
     """
@@ -157,7 +159,15 @@ def sparsify_(
         LayerSparsity(each.weight.name, mask.numel(), int(mask.sum())) for each, mask in zip(groups, masks, strict=True)
     ]
     used = order.threshold(count) if threshold is None else threshold
-    return SparsityReport(layers, used, skipped, _notes(model, groups, order, used, count), curve)
+    notes = [*_untrained(groups), *_notes(model, groups, order, used, count)]
+    if target_sparsity is not None and order.already < count and used < _TAKEN_OVER:
+        rate = 1 / (1 + math.exp(-used))
+        notes.append(
+            f"log alpha of what was removed goes down to {used:.3g}, a dropout rate of {rate:.2g}: below "
+            f"{_TAKEN_OVER:g} the noise has not taken a weight over, so look at the error, fine-tune (vd.finetune), "
+            "or train longer"
+        )
+    return SparsityReport(layers, used, skipped, notes, curve)
 
 
 def _check_goal(
@@ -186,7 +196,24 @@ def _check_goal(
             "vardrop.sparsify_: validation must be a function of the model that returns its error, or batches (x, y), "
             f"got {validation!r}"
         )
-    return 3.0 if not named else threshold
+    return _TAKEN_OVER if not named else threshold
+
+
+def _untrained(groups: list[Groups]) -> list[str]:
+    """Whether the noise is still the one value that a conversion starts from; a bound may also make it one."""
+    values = []
+    for each in groups:
+        noise, config = each.weight.noise.detach(), each.weight.config
+        if noise.numel() == 1 or bool((noise != noise.flatten()[0]).any()):
+            return []
+        values.append(float(noise.flatten()[0]))
+        if values[-1] >= getattr(config, "bound", math.inf):
+            return []
+    told = ", ".join(f"{value:.3g}" for value in dict.fromkeys(values))
+    return [
+        f"the noise was never trained: it has one value everywhere ({told}), so log alpha only says which weights are "
+        "small; train with vd.ELBO first"
+    ]
 
 
 def _notes(model: nn.Module, groups: list[Groups], order: Order, threshold: float, count: int) -> list[str]:

@@ -71,7 +71,7 @@ def run_cell(config: Config) -> list[Row]:
     on average, another copy, which is then what goes into the file.
 
     ``error`` is that of the test images in percent, ``ratio`` all weights over those that are not zero, ``bytes`` the
-    size of the file: of float32 for dense networks, else compressed.
+    size of the file: of float32 for dense networks, else compressed; ``multiply_adds`` are of one example.
     """
     torch.manual_seed(config["seed"])
     recipe = Recipe(**{name: config[name] for name in Recipe._fields})
@@ -94,7 +94,7 @@ def run_cell(config: Config) -> list[Row]:
         })  # fmt: skip
 
     fit(net, x, y, recipe.dense, recipe.lr, config["seed"])
-    work = multiply_adds(net, (example,))
+    work = multiply_adds(net, (x[:1],))
     record("dense", net, bytes=dense_bytes, parameters=dense_bytes // 4, multiply_adds=work)
     curve: list[Row] = []
 
@@ -129,7 +129,7 @@ def run_cell(config: Config) -> list[Row]:
         rounded = vd.quantize_to_noise(pruned, extra=config["extra_digits"], other_digits=8)
         small: Any = vd.compact(rounded, example)
         size = file_size(small)
-        after, macs = small.compaction.parameters[1], small.compaction.multiply_adds[1]
+        after, macs = small.compaction.parameters[1], small.compaction.multiply_adds[1] // len(example)
         record(
             "in the file", small, target, bytes=size, smaller=dense_bytes / size, parameters=after, multiply_adds=macs
         )

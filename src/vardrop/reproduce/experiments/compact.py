@@ -151,6 +151,7 @@ def summarise(results: list[Result]) -> list[Row]:
         row["error_increase"] = best["test_error_compact"] - best["test_error_plain"]
         for each in of_network:
             if each["table"] == "times" and each["kl_scale"] == best["kl_scale"]:
+                row |= {f"{name}_{each['batch']}": each[name] for name in ("ms_dense", "ms_compact")}
                 row[f"time_ratio_{each['batch']}"] = each["time_ratio"]
                 row[f"over_work_{each['batch']}"] = each["time_ratio"] / each["work_ratio"]
         chosen.append({"table": "chosen", **row})
@@ -168,8 +169,8 @@ def summarise(results: list[Result]) -> list[Row]:
 
 
 MEANS = (
-    "parameters_left", "work_ratio", "test_error_plain", "test_error_compact", "error_increase", "time_ratio_1",
-    "time_ratio_256", "over_work_1", "over_work_256",
+    "parameters_left", "work_ratio", "test_error_plain", "test_error_compact", "error_increase", "ms_dense_1",
+    "ms_compact_1", "time_ratio_1", "over_work_1", "ms_dense_256", "ms_compact_256", "time_ratio_256", "over_work_256",
 )  # fmt: skip
 
 
