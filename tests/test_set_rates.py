@@ -282,6 +282,13 @@ def test_presets_and_what_replaces_them() -> None:
         assert f'``"{preset}"``' in (vd.set_rates_.__doc__ or "")
 
 
+def test_what_a_preset_wants_of_the_optimiser_is_told() -> None:
+    report = vd.set_rates_(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)), preset="large-model", hidden=0.0, head=0.0)
+    assert report.optimizer == {"weight_decay": 0.1, "clip_norm": 1.0}
+    assert str(report).endswith("yours to set: weight_decay=0.1\nyours to set: clip_norm=1")
+    assert vd.set_rates_(nn.TransformerEncoderLayer(8, 2, 16), preset="bert").optimizer == {}
+
+
 def test_the_table_of_presets_has_them_all_with_their_sources() -> None:
     page = (Path(__file__).resolve().parents[1] / "docs" / "layers.md").read_text(encoding="utf-8")
     for name, preset in PRESETS.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vardrop.roles import ROLES
 
@@ -20,6 +20,8 @@ class Preset:
         about: the rates in words.
         source: the publication and the place in it.
         rates: role -> rate, or a function ``(index, depth) -> rate`` of the layer; other roles keep what they have.
+        optimizer: what belongs to the rates and is the optimiser's: ``weight_decay``, decoupled as AdamW has it, and
+            ``clip_norm``, for :func:`torch.nn.utils.clip_grad_norm_`.
 
     Example:
         >>> from vardrop import presets
@@ -27,11 +29,14 @@ class Preset:
         {'attention': 0.1, 'residual': 0.1, 'embedding': 0.1}
         >>> [round(presets.PRESETS["deit"].rates["path"](index, 12), 3) for index in (0, 11)]
         [0.0, 0.1]
+        >>> presets.PRESETS["large-model"].optimizer
+        {'weight_decay': 0.1, 'clip_norm': 1.0}
     """
 
     about: str
     source: str
     rates: Mapping[str, RateOfLayer]
+    optimizer: Mapping[str, float] = field(default_factory=dict)
 
 
 def _deit_path(index: int, depth: int) -> float:
@@ -59,5 +64,6 @@ PRESETS: dict[str, Preset] = {
         "belong to it, and are yours to set",
         "PaLM, Chowdhery et al. 2022, section 5; LLaMA, Touvron et al. 2023, section 2.3",
         dict.fromkeys(ROLES, 0.0),
+        {"weight_decay": 0.1, "clip_norm": 1.0},
     ),
 }

@@ -27,12 +27,14 @@ class RatesReport:
         missing: role that was asked for -> why nothing was set.
         skipped: name -> reason, in a sentence, for what has a role that was asked for.
         not_judged: names of dropouts, and of fields of configs, whose role is not known; they keep their rates.
+        optimizer: what belongs to the preset and is yours to give to an optimiser.
     """
 
     set: dict[str, tuple[float, float]] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     not_judged: list[str] = field(default_factory=list)
+    optimizer: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"set: {len(self.set)}"]
@@ -40,7 +42,8 @@ class RatesReport:
         lines += [f"not found: {role}: {reason}" for role, reason in self.missing.items()]
         for reason in dict.fromkeys(self.skipped.values()):
             lines += [f"left alone: {', '.join(name for name, why in self.skipped.items() if why == reason)}: {reason}"]
-        return "\n".join(lines + [f"not judged: {name}" for name in self.not_judged])
+        lines += [f"not judged: {name}" for name in self.not_judged]
+        return "\n".join(lines + [f"yours to set: {name}={value:g}" for name, value in self.optimizer.items()])
 
 
 def set_rates_(
@@ -73,7 +76,7 @@ def set_rates_(
     * ``"gpt-2"``: 0.1 on attention, residual and embedding.
     * ``"deit"``: path from 0 in the first block to 0.1 in the last, no other dropout.
     * ``"large-model"``: 0 everywhere, as is the practice where the data outgrow the model. AdamW with weight decay 0.1
-      and gradients clipped to norm 1.0 belong to it, and are yours to set.
+      and gradients clipped to norm 1.0 belong to it, and are yours to set: ``report.optimizer`` has the numbers.
 
     Args:
         model: any module.
@@ -125,6 +128,7 @@ def set_rates_(
     found = roles.sites(model)
     report = RatesReport(not_judged=[site.name for site in found if site.role is None and site.owner is not None])
     report.not_judged += roles.unknown(model)
+    report.optimizer |= PRESETS[preset].optimizer if preset else {}
     plan = list(_plan(found, asked, report))
     # a field without a value follows another one, which is about to change: it is given the rate that it stands for
     present = {site.role for site in found}
