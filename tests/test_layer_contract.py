@@ -257,7 +257,7 @@ def test_the_plain_checkpoint_of_a_network_loads(layer: Layer) -> None:
 
 def test_the_list_has_every_layer() -> None:
     listed = {type(layer.make(0.1)) for layer in LAYERS}
-    have_truths_of_their_own = {  # in `test_layers.py` and `test_droppath.py`: they have a layer inside
+    have_truths_of_their_own = {  # in `test_wrapping_contract.py` and `test_droppath.py`: they have a layer inside
         *(vd.layers.ConcreteDropout, vd.layers.DropConnect, vd.layers.FastDropout),
         *(vd.layers.LayerDrop, vd.layers.StochasticDepth),
     }
