@@ -6,7 +6,7 @@ import copy
 import math
 import random
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import vardrop as vd
 from vardrop.prediction import progress, seeds
 from vardrop.prediction.engine import Engine, Refused
+from vardrop.prediction.structure import moved
 
 ENGINES = ["vmap", "loop"]
 
@@ -498,3 +499,57 @@ def test_seeds_are_lent() -> None:
     with seeds.lent([]):
         seeds.sow(4, [])
         assert torch.equal(torch.rand(3), one)
+
+
+# ---------------------------------------------------------------------------------------------------------- devices
+
+
+def test_everything_in_a_batch_goes_to_the_device() -> None:
+    Pair = NamedTuple("Pair", [("x", Any), ("more", Any)])  # noqa: UP014 - it is of this test
+    x = torch.ones(2, 3)
+    batch = Pair(x, {"a": [x, (x, "word")], "b": None})
+    there = moved(batch, "meta")
+    assert isinstance(there, Pair)
+    assert [t.device.type for t in (there.x, there.more["a"][0], there.more["a"][1][0])] == ["meta"] * 3
+    assert (there.more["a"][1][1], there.more["b"]) == ("word", None)
+
+
+class Homeless(nn.Module):
+    """A model that notes where its input is, and has something on two devices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.other = nn.Linear(3, 2), nn.Linear(3, 2, device="meta")
+        self.seen: set[str] = set()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.add(x.device.type)
+        return F.dropout(self.first(x.new_ones(2, 3, device="cpu")), 0.5, self.training)
+
+
+def test_batches_go_where_they_are_asked_to() -> None:
+    for device, place in ((None, "cpu"), ("cpu", "cpu"), (torch.device("cpu"), "cpu"), ("meta", "meta")):
+        model = Homeless()
+        prediction = vd.mc_predict(model, [torch.ones(2, 3)], samples=4, engine="loop", device=device)
+        assert model.seen == {place}
+        assert prediction.mean.device.type == "cpu"
+
+
+def test_a_device_where_the_model_is_not() -> None:
+    net = nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5))
+    words = r"device must be where the model is, cpu, got meta; move the model first, with model.to\('meta'\)"
+    with pytest.raises(ValueError, match=words):
+        vd.mc_predict(net, torch.ones(2, 3), device="meta")
+
+
+def test_a_prediction_goes_to_another_device_whole() -> None:
+    class Two(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"logits": F.dropout(x, 0.5, self.training), "hidden": x}
+
+    prediction = vd.mc_predict(Two(), torch.randn(4, 3), samples=5, outputs="logits")
+    there = prediction.to("meta")
+    assert {t.device.type for t in (there.mean, there.samples, there.mutual_information)} == {"meta"}
+    assert there.outputs["hidden"].mean.device.type == "meta"
+    assert (there.passes, there.engine, there.sources) == (prediction.passes, prediction.engine, prediction.sources)
+    assert prediction.mean.device.type == "cpu"

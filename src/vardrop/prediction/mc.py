@@ -63,7 +63,7 @@ def mc_predict(
         generator: where the noise comes from: the same state gives the same answer to the same call, whatever
             ``keep`` is. Another engine, chunk or device gives other draws of the same noise. None takes one number from
             torch's default generator, whose state is otherwise left alone.
-        device: where the batches go; None for where the model's parameters are.
+        device: where the batches go, which is where the model takes them; None for where its first parameter is.
         progress: show a bar (needs rich); None for long work over several batches on a terminal.
         select: the tensor of the output that this is about, by its name, such as ``"logits"``, ``0`` or
             ``"heads.mask"``, or a function of the output. None for the only one, or the one called ``logits``. The
@@ -75,8 +75,8 @@ def mc_predict(
         The prediction: on the device of the outputs, or on the CPU if x was several batches.
 
     Raises:
-        ValueError: for arguments outside those above, no batches, outputs that are not numbers or not what
-            ``outputs`` says, and a ``max_memory`` too small for one pass.
+        ValueError: for arguments outside those above, a device where nothing of the model is, no batches, outputs that
+            are not numbers or not what ``outputs`` says, and a ``max_memory`` too small for one pass.
         TypeError: if ``model`` is no module.
         RuntimeError: if the outputs do not vary, or ``engine="vmap"`` cannot run the model.
 
@@ -89,7 +89,7 @@ def mc_predict(
     """
     _check(model, samples, outputs, engine, chunk, max_memory)
     several = is_batches(x)
-    place = device_of(model) if device is None else torch.device(device)
+    place = device_of(model) if device is None else _place(model, device)
     runner = Engine(model, select, engine, chunk, max_memory)
     whole: dict[str, list[Summary]] = {}
     with contextlib.ExitStack() as stack:
@@ -129,6 +129,18 @@ def _check(
     for name, value in (("chunk", chunk), ("max_memory", max_memory)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"vardrop.mc_predict: {name} must be a positive whole number or None, got {value!r}")
+
+
+def _place(model: nn.Module, device: torch.device | str) -> torch.device:
+    """The device that was asked for, if the model has something there."""
+    place = torch.device(device)
+    there = {tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())}
+    if there and not any(place.type == d.type and (None in (place.index, d.index) or place == d) for d in there):
+        raise ValueError(
+            f"vardrop.mc_predict: device must be where the model is, {', '.join(sorted(map(str, there)))}, got "
+            f"{place}; move the model first, with model.to({str(place)!r})"
+        )
+    return place
 
 
 def _calls(x: Any, several: bool, device: Any) -> Iterator[Call]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -78,6 +78,11 @@ class Prediction:
 
     def __len__(self) -> int:
         return len(self.mean)
+
+    def to(self, device: torch.device | str) -> Prediction:
+        """The same on another device, as ``prediction.to("cpu")`` for numpy or a long stay."""
+        others = {name: other.to(device) for name, other in self.outputs.items()}
+        return replace(self, summary=self.summary.to(device), outputs=others)
 
     def quantile(self, q: float | Sequence[float] | Tensor) -> Tensor:
         """Quantiles over the passes, entry by entry.
