@@ -677,3 +677,55 @@ def test_initial_rates_are_exact() -> None:
     layer = nn.Linear(3, 2)
     vd.convert_(layer, vd.VariationalDropout(alpha=0.3))
     torch.testing.assert_close(layer.weight_log_alpha.detach(), torch.full((3,), math.log(0.3)))
+
+
+def test_a_subclass_of_sequential_is_one_where_it_runs_like_one() -> None:
+    class Runs(nn.Sequential):
+        pass
+
+    class Skips(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return self[2](x)
+
+    parts = (nn.Linear(4, 8), nn.Dropout(0.4), nn.Linear(8, 2))
+    assert vd.convert_(Runs(*copy.deepcopy(parts)), A).replaced == {"1": 0.4}
+    assert vd.convert_(nn.Sequential(Runs(*copy.deepcopy(parts[:2])), nn.Linear(8, 2)), A).replaced == {"0.1": 0.4}
+    assert vd.convert_(Skips(*copy.deepcopy(parts)), A).replaced == {}
+
+
+def test_a_start_that_the_bound_cuts_is_said() -> None:
+    def report(p: float, config: vd.VariationalDropout) -> vd.Report:
+        return vd.convert_(nn.Sequential(nn.Dropout(p), nn.Linear(4, 2)), config)
+
+    words = "1 starts at the rate 0.5 and not at the 0.8 of 0: max_alpha of the posterior bounds it"
+    assert words in str(report(0.8, A))
+    assert report(0.5, A).notes == []
+    assert report(0.8, vd.VariationalDropout(max_alpha=math.inf)).notes == []
+    assert report(0.8, vd.VariationalDropout(rate=0.3)).notes == []  # it was asked to start there
+
+
+# --- what else assigns weights ------------------------------------------------------------------------------------
+
+
+def test_replicas_of_data_parallel_have_the_tensors_that_they_are_given() -> None:
+    layer = nn.Linear(4, 2)
+    vd.convert_(layer, A)
+    replica = layer._replicate_for_data_parallel()  # what torch.nn.parallel.replicate does on every device
+    for key, parameter in layer._parameters.items():
+        setattr(replica, key, parameter.detach().clone().requires_grad_())
+    x = torch.randn(3, 4)
+    assert varies(replica, x)
+    assert torch.equal(replica.eval()(x), layer.eval()(x))
+
+
+def test_what_replaces_the_weight_of_a_converted_layer_is_refused() -> None:
+    layer = nn.Linear(4, 2)
+    vd.convert_(layer, A)
+    with pytest.raises(
+        TypeError, match=r"'weight' of a converted layer must be an nn\.Parameter, .* got a Tensor; undo"
+    ):
+        torch.nn.utils.spectral_norm(layer.eval())
+    layer = nn.Linear(4, 2)
+    vd.convert_(layer, A)
+    layer.weight = nn.Parameter(torch.ones(2, 4))
+    assert torch.equal(layer.eval().weight, torch.ones(2, 4))

@@ -309,6 +309,32 @@ def test_fast_dropout_learns_where_inputs_are_zero() -> None:
     assert x.grad.isfinite().all()
 
 
+def test_fast_dropout_is_for_layers_that_compute_no_more_than_they_say() -> None:
+    class Negative(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return -super().forward(x)
+
+    words = r"layer must compute x W \+ b with its own parameters, got a {} with another forward or a weight that"
+    with pytest.raises(TypeError, match=words.format("Negative")):
+        layers.FastDropout(0.5, Negative(2, 2))
+    with pytest.raises(TypeError, match=words.format("Linear")):
+        layers.FastDropout(0.5, nn.utils.spectral_norm(nn.Linear(2, 2)))
+    with pytest.raises(TypeError, match=words.format("ParametrizedLinear")):
+        layers.FastDropout(0.5, nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize("kind", [layers.ConcreteDropout, layers.DropConnect, layers.FastDropout])
+def test_a_layer_without_a_shape_is_not_wrapped(kind: type[nn.Module]) -> None:
+    lazy = nn.LazyLinear(2)
+    words = f"{kind.__name__}: layer must have its weights, got a LazyLinear that is lazy and has no shape yet; run"
+    with pytest.raises(TypeError, match=words):
+        kind(0.3, lazy)
+    lazy(torch.ones(1, 3))
+    wrapped = kind(0.3, lazy)
+    assert wrapped(torch.ones(4, 3)).shape == (4, 2)
+    assert getattr(wrapped, "units", 3) == 3
+
+
 def test_fast_dropout_is_for_linear_layers() -> None:
     with pytest.raises(TypeError, match=r"FastDropout: layer must be an nn.Linear, got Conv2d; vd.convert_"):
         layers.FastDropout(0.5, nn.Conv2d(1, 1, 1))

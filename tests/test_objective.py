@@ -56,6 +56,41 @@ def test_the_gaussian_divergence_agrees_with_torch() -> None:
     torch.testing.assert_close(vd.kl_divergence(layer), expected)
 
 
+PADDED = (
+    vd.VariationalDropout(),
+    vd.VariationalDropout(type="B", sharing="weight", alpha=0.3),
+    vd.VariationalDropout(type="B", sharing="neuron", unit="output", prior="gaussian"),
+    vd.VariationalDropout(type="B", sharing="layer", prior="gaussian"),
+    vd.SparseVariationalDropout(),
+    vd.GaussianPosterior(std=0.3),
+)
+
+
+@pytest.mark.parametrize("padding", [0, 3, 6])
+@pytest.mark.parametrize("config", PADDED, ids=repr)
+def test_the_row_of_padding_is_no_weight_of_the_divergence(config: object, padding: int) -> None:
+    torch.manual_seed(0)
+    padded, plain = nn.Embedding(7, 7, padding_idx=padding), nn.Embedding(6, 7)
+    with torch.no_grad():
+        padded.weight[padding] = 1.0
+        plain.weight.copy_(torch.cat([padded.weight[:padding], padded.weight[padding + 1 :]]))
+    for layer in (padded, plain):
+        vd.convert_(layer, config)  # type: ignore[arg-type]
+    torch.testing.assert_close(vd.kl_divergence(padded), vd.kl_divergence(plain))
+    vd.ELBO(padded, 10)(padded(torch.arange(7)).square().mean()).backward()
+    assert not padded._parameters["weight"].grad[padding].any()
+
+
+def test_a_row_of_padding_that_is_tied_to_an_output_is_a_weight() -> None:
+    tied = nn.Sequential(nn.Embedding(7, 4, padding_idx=1), nn.Linear(4, 7, bias=False))
+    tied[1].weight = tied[0].weight
+    vd.convert_(tied, vd.GaussianPosterior(std=0.3))
+    alone = nn.Linear(4, 7)
+    alone.weight.data.copy_(tied[0]._parameters["weight"])
+    vd.convert_(alone, vd.GaussianPosterior(std=0.3))
+    torch.testing.assert_close(vd.kl_divergence(tied), vd.kl_divergence(alone))
+
+
 def test_the_divergence_is_a_sum_over_modules_and_ignores_biases() -> None:
     model = net(B)
     torch.testing.assert_close(vd.kl_divergence(model), vd.kl_divergence(model[0]) + vd.kl_divergence(model[2]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy
 
 import pytest
@@ -109,6 +110,39 @@ def test_other_views_of_correlated_weights_are_samples(name: str) -> None:
     whole = torch.stack([view(w).flatten() for w in draws(weight).view(SAMPLES, 4, 3)])
     assert_mean(seen - whole, torch.zeros_like(whole[0]), "mean")
     assert_mean(seen.square() - whole.square(), torch.zeros_like(whole[0]), "square")
+
+
+@pytest.mark.parametrize("make", [independent, correlated])
+@pytest.mark.parametrize("name", [*VIEWS, *ONLY_INDEPENDENT])
+def test_a_view_is_a_view_of_the_one_sample(name: str, make: Callable[..., RandomWeight]) -> None:
+    """Whichever is drawn first: the weight, the view, or a view of the view."""
+    view = {**VIEWS, **ONLY_INDEPENDENT}[name]
+    for first in (lambda w, v: w.drawn(), lambda w, v: v + 0, lambda w, v: v.clone() * 1):
+        weight = make(4, 3)
+        seen = view(weight)
+        first(weight, seen)
+        assert torch.equal(seen + 0, view(weight.drawn()))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("estimator", ["per_minibatch", "none"])
+def test_one_weight_for_the_whole_batch_however_it_is_used(estimator: str, axis: int) -> None:
+    x = torch.randn(5, 3, dtype=torch.float64)
+    with vd.estimator(estimator):
+        for weight in (independent(4, 3), correlated(4, 3, axis=axis)):
+            y = F.linear(x, weight)
+            assert torch.equal(y, F.linear(x, weight))
+            torch.testing.assert_close(y, F.linear(x, weight.t().t()))
+            torch.testing.assert_close(y, x @ weight.t())
+            torch.testing.assert_close(y, x @ (weight * 1).T)  # the sample
+            torch.testing.assert_close(y, torch.cat([F.linear(x, part) for part in weight.chunk(2)], 1))
+    words = torch.tensor([[0, 2], [3, 0]])
+    with vd.estimator(estimator):
+        table = correlated(4, 3, axis=axis)
+        torch.testing.assert_close(F.embedding(words, table), (table * 1)[words])
+    a, b = correlated(4, 3), correlated(4, 3)
+    with vd.estimator("per_minibatch"):
+        assert not torch.allclose(F.linear(x, a) / F.linear(x, a.loc), F.linear(x, b) / F.linear(x, b.loc))
 
 
 @pytest.mark.parametrize("dims", [(0, 1), (1, 2), (-1, -3)])

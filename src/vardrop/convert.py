@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -38,12 +39,14 @@ class Report:
         new_parameters: the noise parameters. An optimiser that exists already has not got them:
             ``optimizer.add_param_group({"params": report.new_parameters})``.
         replaced: name -> p of the dropout modules in front of converted ones, now switched off.
+        notes: what else there is to know, in sentences.
     """
 
     converted: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     new_parameters: list[nn.Parameter] = field(default_factory=list)
     replaced: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         count = sum(p.numel() for p in self.new_parameters)
@@ -53,7 +56,7 @@ class Report:
         if self.skipped:
             lines += [f"left alone: {len(self.skipped)}"]
             lines += [f"  {name}: {reason}" for name, reason in self.skipped.items()]
-        return "\n".join(lines)
+        return "\n".join(lines + self.notes)
 
 
 def convert_(model: nn.Module, config: Posterior, where: Where = None, replace_dropout: bool = True) -> Report:
@@ -147,9 +150,20 @@ def convert_(model: nn.Module, config: Posterior, where: Where = None, replace_d
             tensors[noise[name].key] = tensor
         attach(module, noise, tensors)
         if dropout is not None and rate_of(dropout) > 0 and not is_off(dropout):
-            report.replaced[names[dropout][0]] = rate_of(dropout)
+            p, bound = rate_of(dropout), getattr(config, "bound", math.inf)
+            report.replaced[names[dropout][0]] = p
             switch_off(dropout)
+            if bound < math.inf and p > (most := 1 / (1 + math.exp(-bound))) + 1e-9 and _starts_there(config):
+                report.notes.append(
+                    f"{names[module][0]} starts at the rate {most:.3g} and not at the {p:g} of {names[dropout][0]}: "
+                    "max_alpha of the posterior bounds it; max_alpha=math.inf does not"
+                )
     return report
+
+
+def _starts_there(config: Posterior) -> bool:
+    """Whether a posterior leaves it to the dropout that it replaces where its rates start."""
+    return getattr(config, "rate", None) is None and getattr(config, "alpha", None) is None
 
 
 def restore_(model: nn.Module) -> list[str]:

@@ -60,7 +60,12 @@ def source(generator: torch.Generator | None) -> torch.Generator | None:
 
 
 def check_plain(layer: nn.Module, owner: str) -> None:
-    """Refuse to wrap a layer whose weights are random already."""
+    """Refuse to wrap a layer whose weights are random already, or have no shape yet."""
+    if any(isinstance(p, nn.UninitializedParameter) for p in layer.parameters()):
+        raise TypeError(
+            f"vardrop.{owner}: layer must have its weights, got a {type(layer).__name__} that is lazy and has no shape "
+            "yet; run a forward pass of it first"
+        )
     if any(isinstance(module, RandomWeights) for module in layer.modules()):
         raise TypeError(
             f"vardrop.{owner}: layer must have plain weights, got a {type(layer).__name__} whose weights are random, "

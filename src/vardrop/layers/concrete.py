@@ -71,7 +71,11 @@ class ConcreteDropout(Drop):
         self.length_scale = length_scale
         self.temperature = temperature
         self.spatial = len(layer.kernel_size) if isinstance(layer, _CONVOLUTIONS) else 0
-        self.units = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+
+    @property
+    def units(self) -> int:
+        """K, the units or channels that are dropped."""
+        return int(self.layer.in_features if isinstance(self.layer, nn.Linear) else self.layer.in_channels)
 
     def noise(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
         shared = range(-self.spatial, 0)

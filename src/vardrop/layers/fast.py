@@ -32,7 +32,8 @@ class FastDropout(Drop):
         That of the linear layer.
 
     Raises:
-        TypeError: for any other layer, or one whose weights are random; in a call, for complex inputs.
+        TypeError: for any other layer, one with another forward, or whose weight is random, lazy or parametrised; in
+            a call, for complex inputs.
 
     Example:
         >>> import torch
@@ -55,6 +56,12 @@ class FastDropout(Drop):
                 "vd.convert_(layer, vd.GaussianDropout(type='B')) does this for any layer that is linear in its weight"
             )
         check_plain(layer, "FastDropout")
+        if type(layer).forward is not nn.Linear.forward or "weight" not in layer._parameters:
+            raise TypeError(
+                "vardrop.FastDropout: layer must compute x W + b with its own parameters, got a "
+                f"{type(layer).__name__} with another forward or a weight that something replaces (weight_norm, "
+                "spectral_norm, prune, a parametrisation); use vd.layers.Dropout in front of it"
+            )
         self.layer = layer
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -59,7 +59,8 @@ class estimator:  # noqa: N801 - used as a statement: `with estimator("flipout")
 
     An example is an entry of axis 0 of what the operation sees. Activation checkpointing computes again in the thread
     of the backward pass, where this block may not reach: pass it
-    ``context_fn=lambda: (nullcontext(), vd.estimator(name))``.
+    ``context_fn=lambda: (nullcontext(), vd.estimator(name))``, and no generator: the state of torch's default one is
+    what it brings back.
 
     Args:
         name: one of the names above.
@@ -159,21 +160,26 @@ def correlated(op: LinearOp, weight: CorrelatedWeight) -> Tensor:
             y = op.run(op.inputs, weight.loc, False) * _factor_of_indices(op, weight, setting)
             return op.plus_bias(y)
         x, *others = op.inputs
+        if x.shape[op.x_axes[weight.axis]] != len(weight.std):
+            return op.mean(weight.loc)  # which refuses it in its own words: a factor would broadcast with one unit
         example = None if op.examples is None else op.examples[0]
-        factor = _factor(x, example, op.x_axes[weight.axis], weight.std, setting)
+        factor = _factor(x, example, op.x_axes[weight.axis], weight, setting)
         return op.run((x * factor, *others), weight.loc, True)
     if weight.axis in op.y_axes and weight.groups == 1:
         y = op.run(op.inputs, weight.loc, False)
         example = None if op.examples is None else op.examples[-1]
-        y = y * _factor(y, example, op.y_axes[weight.axis], weight.std, setting)
+        y = y * _factor(y, example, op.y_axes[weight.axis], weight, setting)
         return op.plus_bias(y)
     return op.mean(weight.drawn())
 
 
-def _factor(x: Tensor, example: int | None, unit: int, std: Tensor, setting: _Setting) -> Tensor:
+def _factor(x: Tensor, example: int | None, unit: int, weight: CorrelatedWeight, setting: _Setting) -> Tensor:
     """1 + √α ε, to be multiplied with x, whose axis ``unit`` runs over the units."""
     unit %= x.ndim
-    std = std.to(x.dtype).view([-1 if axis == unit else 1 for axis in range(x.ndim)])
+    along = [-1 if axis == unit else 1 for axis in range(x.ndim)]
+    if setting.name == "per_minibatch":
+        return weight.factor(setting.generator).to(x.dtype).view(along)
+    std = weight.std.to(x.dtype).view(along)
     if setting.name == "local":
         return torch.addcmul(torch.ones((), dtype=x.dtype, device=x.device), std, normal(x.shape, x, setting.generator))
     shape = _example_shape(x, example if setting.name == "per_example" else None, {unit})
@@ -190,7 +196,7 @@ def _factor_of_indices(op: LinearOp, weight: CorrelatedWeight, setting: _Setting
     if setting.name == "local":
         noise = normal(index.shape, std, setting.generator)
     elif op.examples is None or setting.name == "per_minibatch":
-        noise = normal(std.shape, std, setting.generator)[index]
+        return weight.factor(setting.generator)[index].unsqueeze(-1).to(weight.loc.dtype)
     else:
         count = index.shape[0]
         units = normal((count, len(std)) if setting.name == "per_example" else std.shape, std, setting.generator)

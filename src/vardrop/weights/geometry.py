@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,12 +29,14 @@ class Geometry:
         input_axis: the axis of input units.
         output_axis: the axis of output units.
         groups: of a convolution; axis 1 of its weight then counts the units of one group only.
+        padding: the row of an embedding that is a constant and no weight, if it has one.
     """
 
     shape: tuple[int, ...]
     input_axis: int = 1
     output_axis: int = 0
     groups: int = 1
+    padding: int | None = None
 
     def axis(self, unit: str) -> int:
         """The axis of ``"input"`` or ``"output"`` units."""
@@ -65,3 +67,16 @@ class Geometry:
     def _blocks(self, values: Tensor, blocks: int) -> Tensor:
         """[groups * inputs of a group, the rest] of a grouped convolution's weight, [out, inputs of a group, ...]."""
         return values.unflatten(0, (blocks, -1)).movedim(2, 1).flatten(0, 1).flatten(1)
+
+    def without_padding(self, mean: Tensor, noise: Tensor, unit: str) -> tuple[Tensor, Tensor, Geometry]:
+        """The mean and the noise of a weight without the row that is a constant, and their geometry."""
+        if self.padding is None:
+            return mean, noise, self
+        row = self.padding % self.shape[0]
+        has_rows = noise.shape == mean.shape or (noise.numel() > 1 and unit == "input")
+        smaller = replace(self, shape=(self.shape[0] - 1, *self.shape[1:]), padding=None)
+        return _without_row(mean, row), _without_row(noise, row) if has_rows else noise, smaller
+
+
+def _without_row(x: Tensor, row: int) -> Tensor:
+    return x[1:] if row == 0 else torch.cat([x[:row], x[row + 1 :]])

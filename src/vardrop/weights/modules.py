@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -86,7 +87,17 @@ def _random_attribute(name: str) -> property:
         except AttributeError as error:  # nn.Module would answer it with the plain parameter: no noise, in silence
             raise RuntimeError(f"vardrop: {name!r} must be random in training, but: {error}") from error
 
-    return property(read)
+    def write(self: Any, value: Any) -> None:
+        if getattr(self, "_is_replica", False):  # of nn.DataParallel, which hands its copies plain tensors
+            self._parameters[name] = value
+            return
+        raise TypeError(
+            f"vardrop: {name!r} of a converted layer must be an nn.Parameter, the mean of a random weight, got a "
+            f"{type(value).__name__}; undo what replaces it (weight_norm, spectral_norm, prune), or vd.restore_ the "
+            "layer first"
+        )
+
+    return property(read, write)
 
 
 def _flat_weights() -> property:
@@ -149,9 +160,9 @@ def weight_axes(module: nn.Module) -> Axes:
 def geometries(module: nn.Module) -> dict[str, Geometry]:
     """The weights of a plain module that can be random, by name."""
     axes = weight_axes(module)
-    groups = getattr(module, "groups", 1)
+    groups, padding = getattr(module, "groups", 1), getattr(module, "padding_idx", None)
     found = {name: module._parameters.get(name) for name in axes}
-    return {n: Geometry(tuple(p.shape), *axes[n], groups) for n, p in found.items() if p is not None}
+    return {n: Geometry(tuple(p.shape), *axes[n], groups, padding) for n, p in found.items() if p is not None}
 
 
 def register_layer(plain: type[nn.Module], **axes: tuple[int, int]) -> None:
@@ -250,17 +261,18 @@ class NoisyWeight(NamedTuple):
 
 def noisy_weights(model: nn.Module) -> Iterator[NoisyWeight]:
     """Every random weight of a model, once, also if several modules share it."""
-    seen: dict[int, Tensor] = {}
+    found: dict[int, NoisyWeight] = {}
     for path, module in model.named_modules():
         if not isinstance(module, RandomWeights):
             continue
         for name, (config, geometry, key) in module.vardrop_noise.items():
             mean, noise, shown = mean_of(module, name), getattr(module, key), f"{path}.{name}" if path else name
-            if id(mean) not in seen:
-                seen[id(mean)] = noise
-                yield NoisyWeight(shown, mean, noise, config, geometry)
-            elif isinstance(noise, nn.Parameter) and noise is not seen[id(mean)]:
+            known = found.setdefault(id(mean), NoisyWeight(shown, mean, noise, config, geometry))
+            if isinstance(noise, nn.Parameter) and noise is not known.noise:
                 raise ValueError(
                     f"vardrop: modules that share a weight must share its noise, got {shown} with noise of its own; "
                     "tie weights before vd.convert_"
                 )
+            if getattr(module, "padding_idx", None) != known.geometry.padding:  # a weight elsewhere is one here
+                found[id(mean)] = known._replace(geometry=replace(known.geometry, padding=None))
+    yield from found.values()

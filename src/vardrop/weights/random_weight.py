@@ -48,7 +48,7 @@ class RandomWeight:
     """A weight that is a random variable, with the mean ``loc``; it stands where a tensor is expected.
 
     * An operation that is linear in the weight is carried out by the estimator in force (:class:`vardrop.estimator`).
-    * Views (``chunk``, ``t``, indexing, ...) give random weights again.
+    * Views (``chunk``, ``t``, indexing, ...) give random weights again, and are views of its sample too.
     * Anything else gets a sample, never silently the mean. A random weight keeps it, so that ``w - w.mean()`` sees one
       weight; a layer hands out a new random weight whenever its attribute is read.
     * Operations that would change it in place are refused: there is nothing to change.
@@ -63,8 +63,12 @@ class RandomWeight:
         if setting.name == "none":
             return self.loc
         if self._drawn is None:
-            self._drawn = self.sample(setting.generator)
+            self._drawn = self._first_draw(setting.generator)
         return self._drawn
+
+    def _first_draw(self, generator: torch.Generator | None) -> Tensor:
+        """The sample that :meth:`drawn` keeps."""
+        return self.sample(generator)
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """A new draw of the whole weight."""
@@ -192,11 +196,18 @@ class IndependentWeight(RandomWeight):
     Args:
         loc: the mean, μ or θ.
         variance: σ², of the same shape, or a function that makes it when it is first needed.
+        drawn: of a view, the same view of the sample of what it is a view of.
     """
 
-    def __init__(self, loc: Tensor, variance: Tensor | Callable[[], Tensor]) -> None:
+    def __init__(
+        self, loc: Tensor, variance: Tensor | Callable[[], Tensor], drawn: Callable[[], Tensor] | None = None
+    ) -> None:
         self.loc = loc
         self._variance = variance
+        self._draw = drawn
+
+    def _first_draw(self, generator: torch.Generator | None) -> Tensor:
+        return self.sample(generator) if self._draw is None else self._draw()
 
     @property
     def variance(self) -> Tensor:
@@ -222,8 +233,13 @@ class IndependentWeight(RandomWeight):
         if name in _CASTS and loc.dtype == torch.float16:  # which has no room for a variance
             variance = self.variance.to(loc.device)
         if isinstance(loc, Tensor):
-            return IndependentWeight(loc, variance)
-        return tuple(IndependentWeight(m, v) for m, v in zip(loc, variance, strict=True))
+            return IndependentWeight(loc, variance, lambda: view(self.drawn()))
+        pieces = enumerate(zip(loc, variance, strict=True))
+        return tuple(IndependentWeight(m, v, functools.partial(self._piece, view, i)) for i, (m, v) in pieces)
+
+    def _piece(self, view: Callable[[Tensor], Any], index: int) -> Tensor:
+        piece: Tensor = view(self.drawn())[index]
+        return piece
 
 
 class CorrelatedWeight(RandomWeight):
@@ -234,16 +250,40 @@ class CorrelatedWeight(RandomWeight):
         std: √α for every slice, ``[units]``.
         axis: the axis of ``loc`` that runs over the units.
         groups: of a grouped convolution, whose weight ``[out, in / groups, ...]`` has ``in`` units.
+        factor: of a view, what gives its part of the factors of what it is a view of.
     """
 
-    def __init__(self, loc: Tensor, std: Tensor, axis: int, groups: int = 1) -> None:
+    def __init__(
+        self,
+        loc: Tensor,
+        std: Tensor,
+        axis: int,
+        groups: int = 1,
+        factor: Callable[[torch.Generator | None], Tensor] | None = None,
+    ) -> None:
         self.loc = loc
         self.std = std
         self.axis = axis
         self.groups = groups
+        self._make = factor or self._new_factor
+        self._factor: Tensor | None = None
+
+    def _new_factor(self, generator: torch.Generator | None) -> Tensor:
+        return 1 + self.std * normal(self.std.shape, self.std, generator)
+
+    def factor(self, generator: torch.Generator | None = None) -> Tensor:
+        """The one s, ``[units]``, that everything shares which has one weight for a whole minibatch."""
+        if self._factor is None:
+            self._factor = self._make(generator)
+        return self._factor
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        factor = 1 + self.std * normal(self.std.shape, self.std, generator)
+        return self._with(self._new_factor(generator))
+
+    def _first_draw(self, generator: torch.Generator | None) -> Tensor:
+        return self._with(self.factor(generator))
+
+    def _with(self, factor: Tensor) -> Tensor:
         return self.loc * spread(factor, self.loc.shape, self.axis, self.groups).to(self.loc.dtype)
 
     def _carry_out(self, op: LinearOp) -> Tensor:
@@ -251,27 +291,33 @@ class CorrelatedWeight(RandomWeight):
 
     def _view(self, name: str, view: Callable[[Tensor], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if name in _CASTS:
-            std = self.std.detach() if name == "detach" else self.std
-            return CorrelatedWeight(view(self.loc), std, self.axis, self.groups)
+            if name == "detach":
+                return self._part(view, self.axis, lambda std: std.detach())
+            return self._part(view, self.axis)
         if self.groups > 1:
             return None
         if name in _TRANSPOSES:
             swapped = [axis % self.loc.ndim for axis in (*args, *kwargs.values()) or (-2, -1)]
             axis = swapped[1 - swapped.index(self.axis)] if self.axis in swapped else self.axis
-            return CorrelatedWeight(view(self.loc), self.std, axis)
+            return self._part(view, axis)
         if name in _CUTS:
             dim = kwargs.get("dim", args[0] if name == "narrow" else args[1] if len(args) > 1 else 0)
-            if dim % self.loc.ndim == self.axis:
-                return None
-            pieces = view(self.loc)
-            if isinstance(pieces, Tensor):
-                return CorrelatedWeight(pieces, self.std, self.axis)
-            return tuple(CorrelatedWeight(piece, self.std, self.axis) for piece in pieces)
+            return None if dim % self.loc.ndim == self.axis else self._part(view, self.axis)
         if name == "__getitem__" and _only_slices(args[0]):
             cut = args[0] if isinstance(args[0], tuple) else (args[0],)
-            std = self.std[cut[self.axis]] if len(cut) > self.axis else self.std
-            return CorrelatedWeight(view(self.loc), std, self.axis)
+            return self._part(view, self.axis, lambda std: std[cut[self.axis]] if len(cut) > self.axis else std)
         return None
+
+    def _part(
+        self, view: Callable[[Tensor], Any], axis: int, units: Callable[[Tensor], Tensor] = lambda std: std
+    ) -> Any:
+        """Views of this weight; ``units`` takes theirs out of what is ``[units]``."""
+
+        def one(loc: Tensor) -> CorrelatedWeight:
+            return CorrelatedWeight(loc, units(self.std), axis, self.groups, lambda g: units(self.factor(g)))
+
+        pieces = view(self.loc)
+        return one(pieces) if isinstance(pieces, Tensor) else tuple(map(one, pieces))
 
 
 def _are_rows(index: Any) -> bool:
