@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 import vardrop as vd
 from vardrop.weights import fused, multiplicative
@@ -65,12 +64,3 @@ def test_left_alone_where_it_does_not_apply(dtype):
     inside = []
     torch.vmap(lambda x: inside.append(fused.can_fuse(x, theta, theta)) or x)(torch.randn(2, 5, 4))
     assert inside == [False]
-
-
-def test_second_gradients_are_refused_not_wrong():
-    layer = nn.Linear(4, 3)
-    vd.convert_(layer, vd.VariationalDropout(type="B", sharing="weight"))
-    loss = F.cross_entropy(layer(torch.randn(5, 4)), torch.tensor([0, 1, 2, 0, 1]))
-    (grad,) = torch.autograd.grad(loss, [dict(layer.named_parameters())["weight"]], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vardrop.projection import bounded, outward
+from vardrop.orders import graph_wanted
+from vardrop.projection import bounded, keep_inward, outward
 
 __all__ = ["ard", "gaussian", "log_uniform"]
 
@@ -110,6 +111,22 @@ def _exact(log_alpha: Tensor, bound: float, total: bool) -> tuple[Tensor, Tensor
     return value.view(log_alpha.shape), slope.view(log_alpha.shape)
 
 
+def _horner(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
+    y = torch.full_like(x, coefficients[-1])
+    for c in reversed(coefficients[:-1]):
+        y = y * x + c
+    return y
+
+
+def _slope(log_alpha: Tensor, bound: float) -> Tensor:
+    """dKL / d log alpha by the same fit, in plain operations, which can be differentiated again."""
+    fit = _FITS[log_alpha.dtype]
+    z = log_alpha.clamp(_LOWEST[log_alpha.dtype], bound) + math.log(2.0)
+    w = torch.sigmoid(z)
+    above, below = (_horner(w, row) for row in (fit.slope, fit.below))
+    return keep_inward(-torch.sigmoid(-z) * above / below, log_alpha, bound)
+
+
 class _LogUniform(torch.autograd.Function):
     """The exact divergence with its gradient in closed form; the slope is an output so that transforms see it."""
 
@@ -121,12 +138,15 @@ class _LogUniform(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Tensor, float, bool], output: tuple[Tensor, Tensor]) -> None:
         ctx.set_materialize_grads(False)  # or the slope's gradient would be written out as zeros
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(output[1])
+        ctx.save_for_backward(inputs[0], output[1])
+        ctx.bound = inputs[1]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None, None]:
-        return None if grad is None else grad * ctx.saved_tensors[0], None, None
+        if grad is None:
+            return None, None, None
+        log_alpha, slope = ctx.saved_tensors
+        return grad * (_slope(log_alpha, ctx.bound) if graph_wanted() else slope), None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], log_alpha: Tensor, bound: float, total: bool) -> tuple[Any, Any]:

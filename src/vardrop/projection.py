@@ -39,7 +39,6 @@ class _Bounded(torch.autograd.Function):
         ctx.bound = inputs[1]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return keep_inward(grad, ctx.saved_tensors[0], ctx.bound), None
 

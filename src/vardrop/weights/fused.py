@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vardrop.projection import keep_inward
+from vardrop.orders import graph_wanted
+from vardrop.projection import bounded, keep_inward
+from vardrop.weights.noise import with_noise
 
 
 class _LocalLinear(torch.autograd.Function):
@@ -33,9 +35,10 @@ class _LocalLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, theta, log_alpha, slope, variance, by_variance = ctx.saved_tensors
+        if graph_wanted():
+            return _plain_gradients(ctx, grad)
         by_delta = grad * by_variance
         by_x = by_theta = by_log_alpha = by_bias = None
         if ctx.needs_input_grad[0]:
@@ -48,6 +51,21 @@ class _LocalLinear(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             by_bias = grad.sum(0)
         return by_x, by_theta, by_log_alpha, by_bias, None, None
+
+
+def _plain_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The same by autograd, from the plain formula, so that they can be differentiated again."""
+    x, theta, log_alpha, _, variance, by_variance = ctx.saved_tensors
+    with torch.no_grad():  # ζ, but for where there is no variance and it has no effect
+        noise = 2 * by_variance * ((x * x) @ variance.t()).sqrt()
+    with torch.enable_grad():
+        weights = bounded(log_alpha, ctx.bound).exp() * theta * theta
+        y = with_noise(x @ theta.t(), (x * x) @ weights.t(), noise)
+    needed = ctx.needs_input_grad[:3]
+    into = [tensor for tensor, need in zip((x, theta, log_alpha), needed, strict=True) if need]
+    found = iter(torch.autograd.grad(y, into, grad, create_graph=True) if into else ())
+    gradients = [next(found) if need else None for need in needed]
+    return *gradients, grad.sum(0) if ctx.needs_input_grad[3] else None, None, None
 
 
 def can_fuse(x: Tensor, theta: Tensor, log_alpha: Tensor) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vardrop.orders import graph_wanted
 from vardrop.projection import bounded, keep_inward
 from vardrop.weights.fused import can_fuse, local_linear
 from vardrop.weights.geometry import Geometry
@@ -40,16 +41,16 @@ class _RelativeVariance(torch.autograd.Function):
         ctx.save_for_backward(theta, log_alpha, output[1])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None, None]:
         if grad is None:
             return None, None, None
         theta, log_alpha, slope = ctx.saved_tensors
-        half = grad * slope
+        again = graph_wanted()
+        half = grad * (bounded(log_alpha, ctx.bound).exp() * theta if again else slope)
         by_log_alpha = None
         if ctx.needs_input_grad[1]:
             by_log_alpha = keep_inward((half * theta).sum_to_size(log_alpha.shape), log_alpha, ctx.bound)
-        return half.mul_(2), by_log_alpha, None
+        return half * 2 if again else half.mul_(2), by_log_alpha, None
 
 
 class RelativeWeight(IndependentWeight):

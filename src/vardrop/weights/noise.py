@@ -8,6 +8,8 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
+from vardrop.orders import graph_wanted
+
 
 class _Source(TypedDict, total=False):
     generator: torch.Generator
@@ -29,6 +31,26 @@ def signs(shape: Sequence[int], like: Tensor, generator: torch.Generator | None)
     return bits.mul_(2).sub_(1)
 
 
+class _Slope(torch.autograd.Function):
+    """noise / (2 sqrt(variance)), of which the value is there already, as a function of the variance."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor, variance: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        value, variance = ctx.saved_tensors
+        some = torch.where(variance > 0, variance, 1.0)  # where there is none the value is 0
+        return None, -0.5 * grad * _Slope.apply(value, variance) / some
+
+
 class _AddNoise(torch.autograd.Function):
     """mean + sqrt(variance) * noise, where the gradient of the root at variance 0 is defined as 0."""
 
@@ -46,12 +68,13 @@ class _AddNoise(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.set_materialize_grads(False)  # or the slope's gradient would be written out as zeros
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(output[1])
+        ctx.save_for_backward(inputs[1], output[1])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None, None]:
-        (slope,) = ctx.saved_tensors
+        variance, slope = ctx.saved_tensors
+        if graph_wanted():
+            slope = _Slope.apply(slope, variance)
         return grad, None if grad is None else grad.to(slope.dtype) * slope, None
 
 
@@ -69,7 +92,6 @@ class _Square(torch.autograd.Function):
         ctx.save_for_backward(inputs[0])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return (grad * ctx.saved_tensors[0]).mul_(2)
 
@@ -99,4 +121,9 @@ def add_noise(mean: Tensor, variance: Tensor, generator: torch.Generator | None 
         >>> add_noise(torch.ones(3), torch.zeros(3))
         tensor([1., 1., 1.])
     """
-    return _AddNoise.apply(mean, variance, normal(mean.shape, mean, generator))[0]
+    return with_noise(mean, variance, normal(mean.shape, mean, generator))
+
+
+def with_noise(mean: Tensor, variance: Tensor, noise: Tensor) -> Tensor:
+    """:func:`add_noise` with a ζ that is given."""
+    return _AddNoise.apply(mean, variance, noise)[0]

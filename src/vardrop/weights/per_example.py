@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vardrop.orders import graph_wanted
 from vardrop.weights.linear_ops import Examples, LinearOp
 from vardrop.weights.noise import add_noise
 
@@ -107,11 +108,12 @@ class _Recomputed(torch.autograd.Function):
         return walk.run(inputs, loc, variance, torch.Generator(loc.device).manual_seed(seed))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         walk: _Walk = ctx.walk
         loc, variance, *inputs = ctx.saved_tensors
         wanted = ctx.needs_input_grad[2:]
+        if graph_wanted():
+            return None, None, *_with_a_graph(ctx, grad, wanted)
         sums = [torch.zeros_like(x) if need else None for x, need in zip((loc, variance, *inputs), wanted, strict=True)]
         generator = torch.Generator(loc.device).manual_seed(ctx.seed)
         enabled, dtype = ctx.autocast
@@ -127,3 +129,15 @@ class _Recomputed(torch.autograd.Function):
                 if total is not None:
                     (total if axis is None else total.narrow(axis, start, length)).add_(next(found))
         return None, None, *sums
+
+
+def _with_a_graph(ctx: Any, grad: Tensor, wanted: tuple[bool, ...]) -> list[Tensor | None]:
+    """The gradients of a walk that keeps everything, so that they can be differentiated again."""
+    walk: _Walk = ctx.walk
+    loc, variance, *inputs = ctx.saved_tensors
+    enabled, dtype = ctx.autocast
+    with torch.autocast(loc.device.type, dtype=dtype, enabled=enabled):
+        y = walk.run(tuple(inputs), loc, variance, torch.Generator(loc.device).manual_seed(ctx.seed))
+    into = [x for x, need in zip((loc, variance, *inputs), wanted, strict=True) if need]
+    found = iter(torch.autograd.grad(y, into, grad, create_graph=True))
+    return [next(found) if need else None for need in wanted]

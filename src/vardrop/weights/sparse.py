@@ -39,7 +39,6 @@ class _LogAlpha(torch.autograd.Function):
         ctx.save_for_backward(theta, output[1])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None, None]:
         if grad is None:
             return None, None, None
@@ -64,7 +63,6 @@ class _Variance(torch.autograd.Function):
         ctx.save_for_backward(theta, log_variance, output)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         theta, log_variance, variance = ctx.saved_tensors
         by_log = grad * variance
