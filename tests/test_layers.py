@@ -291,6 +291,72 @@ def test_moments_through_a_network_against_sampling() -> None:
     torch.testing.assert_close(moments[1].sqrt(), sampled.std(0), atol=0, rtol=0.15)
 
 
+CONVERTED = {
+    "A": vd.VariationalDropout(rate=0.3),
+    "B": vd.VariationalDropout(type="B", sharing="weight", rate=0.3),
+    "mean-field": vd.GaussianPosterior(std=0.05),
+}
+
+
+@pytest.mark.parametrize("name", ["dropout", "gaussian", "torch", "fast", *CONVERTED])
+def test_moments_of_one_layer_are_exact(name: str) -> None:
+    torch.manual_seed(0)
+    linear, x = nn.Linear(12, 3).double(), torch.randn(5, 12, dtype=torch.float64)
+    if name in CONVERTED:
+        vd.convert_(linear, CONVERTED[name])
+        net = nn.Sequential(nn.Identity(), nn.Sequential(linear))
+    else:
+        made = {"dropout": layers.Dropout, "gaussian": layers.GaussianDropout, "torch": nn.Dropout}
+        net = layers.FastDropout(0.3, linear) if name == "fast" else nn.Sequential(made[name](0.3), linear)
+    with torch.no_grad():
+        mean, variance = layers.propagate_moments(net.eval(), x)
+        samples = torch.stack([net.train()(x) for _ in range(4000)])
+        assert_mean(samples, mean, "mean")
+        assert_mean((samples - mean).square(), variance, "variance")
+
+
+def test_a_module_that_runs_twice_counts_twice() -> None:
+    drop, linear = layers.Dropout(0.5), nn.Linear(2, 2)
+    x = torch.randn(3, 2)
+    once = layers.propagate_moments(nn.Sequential(drop, linear), x)
+    twice = layers.propagate_moments(nn.Sequential(drop, linear, drop, linear), x)
+    assert torch.equal(twice[0], linear(linear(x)))
+    variance = (once[1] + once[0].square() + once[1]) @ linear.weight.square().T
+    torch.testing.assert_close(twice[1], variance)
+
+
+def test_moments_of_a_network_are_near_those_of_its_samples() -> None:
+    torch.manual_seed(0)
+    body = [nn.Flatten(), nn.Linear(20, 200), nn.ReLU(), nn.Dropout(0.3), nn.Linear(200, 200), nn.ReLU()]
+    net = nn.Sequential(nn.Sequential(*body), layers.Dropout(0.3), nn.Linear(200, 2))
+    x = torch.randn(4, 2, 10)
+    with torch.no_grad():
+        samples = torch.stack([net.train()(x) for _ in range(4000)])
+        mean, variance = layers.propagate_moments(net, x)
+    torch.testing.assert_close(mean, samples.mean(0), atol=0.02, rtol=0)
+    torch.testing.assert_close(variance.sqrt(), samples.std(0), atol=0, rtol=0.1)
+    vd.convert_(net, vd.VariationalDropout(type="B", rate=0.2))  # whose dropouts are off now
+    with torch.no_grad():
+        samples = torch.stack([net.train()(x) for _ in range(4000)])
+        mean, variance = layers.propagate_moments(net, x)
+    torch.testing.assert_close(mean, samples.mean(0), atol=0.02, rtol=0)
+    torch.testing.assert_close(variance.sqrt(), samples.std(0), atol=0, rtol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        (nn.Tanh(), r"got Tanh \(1\.0\); sample with vd.mc_predict instead"),
+        (layers.GaussianDropout(0.5, shared=1), "got GaussianDropout"),
+        (nn.Dropout1d(0.5), "got Dropout1d"),
+    ],
+)
+def test_moments_go_through_what_is_known_only(module: nn.Module, words: str) -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.Sequential(module))
+    with pytest.raises(TypeError, match=words):
+        layers.propagate_moments(net, torch.ones(1, 2))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_fast_dropout_in_half_precision(dtype: torch.dtype) -> None:
     layer = layers.FastDropout(0.5, nn.Linear(8, 4).to(dtype))

@@ -8,6 +8,7 @@ from vardrop.layers.droppath import DropPath, drop_path, survival_rates
 from vardrop.layers.fast import FastDropout
 from vardrop.layers.gaussian import GaussianDropout
 from vardrop.layers.layerdrop import LayerDrop, every_other
+from vardrop.layers.moments import propagate_moments
 from vardrop.layers.stochastic_depth import StochasticDepth
 from vardrop.layers.structured import (
     AttentionDropout,
@@ -42,5 +43,6 @@ __all__ = [
     "drop_block",
     "drop_path",
     "every_other",
+    "propagate_moments",
     "survival_rates",
 ]
