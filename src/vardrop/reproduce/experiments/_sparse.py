@@ -1,8 +1,8 @@
 """The stages of a network that gets sparse, from the dense one to a file, and their figure.
 
 The recipe was chosen on 5,000 of the training images; what is reported is trained on all of them, for a number of
-epochs that is fixed beforehand, and tested at its end. That of LeNet-5 was 45 at first, which missed the published error
-by 0.07 points; that more epochs help, and by how much, was then measured on the 5,000.
+epochs that is fixed beforehand, and tested at its end. That of LeNet-5 was 45 at first, which missed the published
+error by 0.07 points; that more epochs help was then seen on the 5,000.
 """
 
 from __future__ import annotations
