@@ -228,7 +228,10 @@ def truth_of(layer: Layer, module: nn.Module, posterior: str, parameters: dict[s
         log_variance, unit = parameters["weight_log_variance"], torch.zeros(theta.shape, dtype=torch.long)
         if config.sharing == "neuron":
             unit = unit_of(layer, layer.plain(), config.unit)
+        weights = torch.ones(theta.shape, dtype=torch.bool)  # but for the row of padding, which is a constant
+        weights[[i for i in range(len(theta)) if i == getattr(layer.plain(), "padding_idx", None)]] = False
         groups = [unit == i for i in range(int(unit.max()) + 1)]
+        groups = [group & weights if (group & weights).any() else group for group in groups]
         squares = torch.stack([theta[group].square().mean() for group in groups])
         alpha = (log_variance.exp() / squares).clamp(math.exp(-8), math.exp(8))
         std = alpha[unit].sqrt() * theta.abs()

@@ -127,8 +127,10 @@ def test_kl_counts_every_random_scalar_once(layer: Layer, posterior: str) -> Non
             log_alpha = log_alpha.expand(plain.weight.shape)
         elif log_alpha.shape != plain.weight.shape:
             log_alpha = log_alpha[unit_of(layer, plain, config.unit)]
+    rows = [i for i in range(len(log_alpha)) if i != getattr(plain, "padding_idx", None)]  # that row is no weight
+    log_alpha = log_alpha[rows]
     if config.prior == "gaussian":
-        weight, std = module.weight.loc, (0.5 * module.weight_log_variance).exp()
+        weight, std = module.weight.loc[rows], (0.5 * module.weight_log_variance[rows]).exp()
         normal = torch.distributions.Normal
         expected = torch.distributions.kl_divergence(normal(weight, std), normal(0.0, config.prior_std)).sum()
     else:

@@ -56,10 +56,15 @@ class Geometry:
         return spread(values, self.shape, self.axis(unit), self.groups)
 
     def mean(self, values: Tensor, unit: str, count: int) -> Tensor:
-        """Means of the weight's entries over the layer (``count`` is 1) or over each of its ``count`` units."""
+        """Means of the weight's entries over the layer (``count`` is 1) or over each of its ``count`` units.
+
+        A row of padding is in no mean but its own.
+        """
+        axis = self.axis(unit)
+        if self.padding is not None and (count == 1 or axis != 0):
+            values = _without_row(values, self.padding % self.shape[0])
         if count == 1:
             return values.mean().view(1)
-        axis = self.axis(unit)
         blocks = self.groups if axis == 1 else 1
         by_unit = values.movedim(axis, 0).flatten(1) if blocks == 1 else self._blocks(values, blocks)
         return by_unit.mean(1)
