@@ -416,3 +416,44 @@ def test_prediction_from_a_loader() -> None:
     assert ensemble.predict(loader, keep=False).samples is None
     with pytest.raises(ValueError, match="predict needs a batch or more, got a loader that has none"):
         ensemble.predict([])
+
+
+def test_members_must_be_built_alike() -> None:
+    def member(act: nn.Module, p: float) -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 8), act, nn.Dropout(p), nn.Linear(8, 2))
+
+    for other, words in (
+        (member(nn.Tanh(), 0.1), r"whose 1 is Tanh\(\) beside ReLU\(\)"),
+        (member(nn.ReLU(), 0.9), r"whose 2 is Dropout\(p=0.9, inplace=False\) beside Dropout\(p=0.1, inplace=False\)"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            vd.Ensemble.from_modules([member(nn.ReLU(), 0.1), other])
+
+
+def test_a_member_that_writes_to_its_input_leaves_it_to_the_others() -> None:
+    class Halves(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if float(self.weight.detach().sum()) == float("inf"):  # which vmap cannot ask: the loop runs
+                return x
+            return super().forward(x.mul_(0.5))
+
+    ensemble = vd.Ensemble.from_modules([Halves(4, 2) for _ in range(3)])
+    x = torch.randn(5, 4)
+    kept = x.clone()
+    for _ in range(2):
+        with torch.no_grad():
+            outputs = ensemble(x)
+        for member, output in zip(ensemble.members(), outputs, strict=True):
+            torch.testing.assert_close(output, member(kept.clone()))
+        assert torch.equal(x, kept)
+    assert ensemble.fallback is not None
+
+
+def test_an_ensemble_is_made_sparse_member_by_member() -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    vd.convert_(net, vd.SparseVariationalDropout())
+    ensemble = vd.Ensemble(net, 3)
+    words = r"must be the weight of one network, got those of 3 members of a vd.Ensemble; take them one by one"
+    with pytest.raises(ValueError, match=words):
+        vd.sparsify_(ensemble, target_sparsity=0.3)
+    assert vd.sparsify_(ensemble.members()[0], target_sparsity=0.3).sparsity >= 0.3

@@ -134,8 +134,9 @@ class TestRefusals:
         refused(vardrop_("export", run, "--format", "onnx", *out), r"must end in \.onnx, got .*a\.vdc; rename it")
         refused(vardrop_("export", tmp_path, "--format", "onnx"), "RUN must be what `vardrop train")
         refused(vardrop_("export", run), "Missing option '--format'")
-        own = ("--out", run / "model.safetensors")
-        refused(vardrop_("export", run, "--format", "safetensors", *own), "leave the run's own files alone")
+        for name in ("model.safetensors", "checkpoint.safetensors"):
+            own = ("--out", run / name)
+            refused(vardrop_("export", run, "--format", "safetensors", *own), "leave the run's own files alone")
         (tmp_path / "b.vdc").mkdir()
         refused(
             vardrop_("export", run, "--format", "compressed", "--out", tmp_path / "b.vdc"), "must be a file, got the"

@@ -268,11 +268,11 @@ def test_too_little_memory_halves_the_chunk(monkeypatch: pytest.MonkeyPatch) -> 
     counts: list[int] = []
     at_once = Engine._at_once
 
-    def limited(self: Engine, call: Any, count: int, prefix: Any) -> Any:
+    def limited(self: Engine, count: int, prefix: Any) -> Any:
         counts.append(count)
         if count > 5:
             raise torch.OutOfMemoryError("full")
-        return at_once(self, call, count, prefix)
+        return at_once(self, count, prefix)
 
     monkeypatch.setattr(Engine, "_at_once", limited)
     found = vd.mc_predict(classifier(), X, 20)
@@ -553,3 +553,38 @@ def test_a_prediction_goes_to_another_device_whole() -> None:
     assert there.outputs["hidden"].mean.device.type == "meta"
     assert (there.passes, there.engine, there.sources) == (prediction.passes, prediction.engine, prediction.sources)
     assert prediction.mean.device.type == "cpu"
+
+
+# ------------------------------------------------------------------------------------- forwards that write to inputs
+
+
+class Halves(nn.Module):
+    """Writes to what it is given, as careless code does."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.mul_(0.5)
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+@pytest.mark.parametrize("careless", ["first", "flattened", "halves"])
+def test_a_forward_that_writes_to_its_input_sees_the_input_in_every_pass(careless: str, engine: str) -> None:
+    torch.manual_seed(0)
+    head, x = nn.Linear(8, 2), torch.randn(4, 8)
+    kept = x.clone()
+    careful = nn.Sequential(nn.Dropout(0.5), head)
+    model = {
+        "first": nn.Sequential(nn.Dropout(0.5, inplace=True), head),
+        "flattened": nn.Sequential(nn.Flatten(), nn.Dropout(0.5, inplace=True), head),
+        "halves": Halves(careful),
+    }[careless]
+    got = vd.mc_predict(model, x, samples=3000, engine=engine)
+    wanted = vd.mc_predict(careful, kept / 2 if careless == "halves" else kept, samples=3000)
+    assert torch.equal(x, kept)
+    error = (wanted.variance / 3000 * 2).sqrt()
+    assert ((got.mean - wanted.mean) / error).abs().max() < 5
+    torch.testing.assert_close(got.std, wanted.std, rtol=0.1, atol=0)

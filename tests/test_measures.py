@@ -11,9 +11,11 @@ import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+import vardrop as vd
 from vardrop.prediction import measures
+from vardrop.prediction.measures import log_likelihood
 
 SHAPES = st.sampled_from([((), 1), ((3,), 1), ((2, 2), 1), ((3,), -1), ((4,), 2)])  # behind N, C; where C is
 
@@ -152,3 +154,22 @@ def test_log_likelihood_refuses() -> None:
         measures.log_likelihood(torch.zeros(5, 3), torch.zeros(3), 0.0)
     with pytest.raises(ValueError, match=r"degrees of freedom must be above 0, got -1"):
         measures.log_likelihood(torch.zeros(5, 3), torch.zeros(3), 1.0, -1)
+
+
+def test_precision_and_degrees_have_a_shape_that_fits() -> None:
+    torch.manual_seed(0)
+    samples, y = torch.randn(7, 5, 1), torch.randn(5)
+    tau, nu = torch.rand(5) + 0.5, torch.rand(5) + 1
+    alone = torch.stack([log_likelihood(samples[:, i : i + 1], y[i : i + 1], tau[i], nu[i])[0] for i in range(5)])
+    torch.testing.assert_close(log_likelihood(samples, y, tau, nu), alone)
+    torch.testing.assert_close(log_likelihood(samples, y, tau.unsqueeze(1), nu), alone)
+    with pytest.raises(ValueError, match=r"degrees of freedom must be a number or one for each of the 5 examples"):
+        log_likelihood(samples, y, tau, nu.unsqueeze(1))
+    with pytest.raises(ValueError, match=r"precision must be a number, one for each .* got the shape \(7,\)"):
+        log_likelihood(samples, y, torch.ones(7))
+
+
+def test_the_total_variance_has_the_shape_of_the_mean() -> None:
+    p = vd.mc_predict(nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 1)), torch.randn(7, 4), samples=7)
+    for tau in (2.0, torch.full((7,), 2.0), torch.full((7, 1), 2.0), torch.full((1,), 2.0)):
+        torch.testing.assert_close(p.total_variance(tau), p.variance + 0.5)

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -578,3 +579,13 @@ def test_sizes(text, size):
     from vardrop.evaluation.commands import _bytes
 
     assert _bytes(text) == size
+
+
+def test_a_table_that_is_read_is_not_written_over(vardrop_, table, tmp_path):
+    new = write_csv(tmp_path / "new.csv", [row[:2] for row in prices(12, seed=5)], ("a", "b"))
+    for out, options in ((new, ["--data", new]), (Path(open_run(table).config.data), [])):
+        before = out.read_bytes()
+        refused(
+            vardrop_("predict", table, *options, "--samples", 2, "--out", out), "--out must not be a table that is read"
+        )
+        assert out.read_bytes() == before

@@ -352,3 +352,40 @@ def test_a_model_without_zeros_is_refused() -> None:
 def test_ranks_are_a_permutation() -> None:
     order = Order(groups_of(noisy(POSTERIORS["sparse"]))[0])
     assert torch.equal(order.rank.sort().values, torch.arange(order.total))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "y"),
+    [
+        (1, torch.tensor([0, 1, 1, 0])),  # argmax over one logit is always 0
+        (2, torch.tensor([[0], [1], [1], [0]])),
+        (2, torch.tensor([[0, 1], [1, 0], [0, 1], [1, 0]])),
+        (2, torch.tensor([0, 1, 1])),
+        (2, torch.zeros(4)),
+        (1, torch.zeros(3)),
+    ],
+)
+def test_truths_that_do_not_fit_the_outputs(outputs: int, y: Tensor) -> None:
+    model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, outputs))
+    vd.convert_(model, vd.SparseVariationalDropout())
+    before = [weight.mean.clone() for weight in noisy_weights(model)]
+    with pytest.raises(ValueError, match=r"y of validation must be .*, got y of shape .* and outputs of shape \(4, "):
+        vd.sparsify_(model, max_error_increase=0.0, validation=[(torch.randn(4, 3), y)])
+    assert all(torch.equal(a, b.mean) for a, b in zip(before, noisy_weights(model), strict=True))
+
+
+def test_validation_sees_its_inputs_unchanged() -> None:
+    class Careless(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x.mul_(0.5))
+
+    model = Careless()
+    vd.convert_(model, vd.SparseVariationalDropout())
+    x, y = torch.randn(4, 3), torch.tensor([0, 1, 1, 0])
+    kept = x.clone()
+    vd.sparsify_(model, target_sparsity=0.1, validation=[(x, y)])
+    assert torch.equal(x, kept)

@@ -570,3 +570,16 @@ def test_unknown_attributes_of_the_package_are_errors():
 
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         vardrop.training.nothing  # noqa: B018
+
+
+def test_a_finished_network_without_its_checkpoint_is_not_begun_anew(tmp_path):
+    out = tmp_path / "run"
+    train(SMALL, out, progress=False)
+    (out / "checkpoint.safetensors").unlink()  # as in what `vardrop prune` writes
+    model = (out / "model.safetensors").read_bytes()
+    with pytest.raises(
+        FileExistsError, match=r"holds a finished network without the checkpoint .* go on elsewhere with"
+    ):
+        train(changed(SMALL, epochs=SMALL.epochs + 1), out, resume=True, progress=False)
+    assert (out / "model.safetensors").read_bytes() == model
+    assert train(SMALL, out, resume=True, progress=False)["epochs_run"] == SMALL.epochs  # nothing to do

@@ -119,7 +119,7 @@ def train(
         str, typer.Option(help="auto | ddp | fsdp2 (shards the parameters)", rich_help_panel=_DEVICE)
     ] = Config.strategy,
     precision: Annotated[
-        str, typer.Option(help="32-true | 64-true | bf16-mixed | bf16-true | 16-mixed", rich_help_panel=_DEVICE)
+        str, typer.Option(help="32-true | 64-true | bf16-mixed | 16-mixed", rich_help_panel=_DEVICE)
     ] = Config.precision,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Write TensorBoard scalars too.", rich_help_panel=_RUN)

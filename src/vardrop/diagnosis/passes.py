@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from vardrop.prediction.noise_buffers import put_back, remember
 from vardrop.prediction.seeds import accelerators, draw, lent, sow
 from vardrop.prediction.stochastic import stochastic
-from vardrop.prediction.structure import device_of, is_batches, moved, of_loader
+from vardrop.prediction.structure import copied, device_of, is_batches, moved, of_loader
 
 _SEED = 6_187_203_394_671  # of the noise if no generator is given; none that somebody may have drawn the data with
 _PER_BATCH = 1 << 20  # seeds of one batch lie apart from those of another
@@ -85,7 +85,7 @@ class Passes:
     def loss(self, index: int, loss_fn: Callable[[nn.Module, Any], Tensor], noise: str | None = None) -> Tensor:
         """What a loss function says of one batch, ``[1]``."""
         with self._noise(index, noise, 0):
-            return torch.as_tensor(loss_fn(self.model, self.batches[index])).detach().cpu().double().reshape(1)
+            return torch.as_tensor(loss_fn(self.model, copied(self.batches[index]))).detach().cpu().double().reshape(1)
 
     @contextmanager
     def _noise(self, index: int, noise: str | None, salt: int) -> Iterator[None]:
@@ -111,6 +111,7 @@ class Passes:
         device = device_of(self.model)
         if device is not None:
             call = moved(call, device)
+        call = copied(call)  # the batch is looked at again
         return self.model(*call.args, **call.kwargs)
 
 

@@ -186,6 +186,10 @@ def shared_buffers(model: nn.Module) -> set[int]:
     return {id(buffer) for m in model.modules() if isinstance(m, Rated) for buffer in m._buffers.values()}
 
 
+def _in_short(module: nn.Module) -> str:
+    return f"{type(module).__name__}({module.extra_repr()})"
+
+
 def _difference(first: nn.Module, other: nn.Module) -> str | None:
     if type(first) is not type(other):
         return f"of class {type(other).__name__} beside {type(first).__name__}"
@@ -199,6 +203,9 @@ def _difference(first: nn.Module, other: nn.Module) -> str | None:
             a, b = ([t.shape, t.dtype, t.device, t.requires_grad] for t in (tensor, theirs[name]))
             if a != b:
                 return f"whose {name} is of shape {tuple(b[0])}, {b[1]} on {b[2]}, requires_grad={b[3]}"
+    for (name, mine), (_, its) in zip(first.named_modules(), other.named_modules(), strict=False):
+        if (type(mine), mine.extra_repr()) != (type(its), its.extra_repr()):
+            return f"whose {name} is {_in_short(its)} beside {_in_short(mine)}"
     return None
 
 

@@ -91,6 +91,9 @@ def predict(
         writer_of(out)
         make_ready(out.parent)
     opened = open_run(run, data_dir, device)
+    tables = [Path(name) for name in (data, opened.config.data) if name and name.lower().endswith(".csv")]
+    if out is not None and out.resolve() in {table.expanduser().resolve() for table in tables}:
+        raise ValueError(f"vardrop.predict: --out must not be a table that is read, got {out}; choose another name")
     wanted = examples(opened, data, split).first(limit)
     if calibrate:
         temperature = fitted_temperature(opened, passes)

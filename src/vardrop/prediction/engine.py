@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vardrop.prediction import chunks, seeds
 from vardrop.prediction.prefix import Prefix
-from vardrop.prediction.structure import Call, Select, named
+from vardrop.prediction.structure import Call, Inputs, Select, named
 
 Outputs = dict[str, Tensor]  # name -> [passes, N, ...]
 Named = tuple[str, Outputs]  # and the name of the main one
@@ -64,6 +64,7 @@ class Engine:
 
     def run(self, call: Call, samples: int, take: Take) -> None:
         """Make all passes over a batch, and hand them on in pieces."""
+        self._inputs = Inputs(call)
         (self._vmap if self.name == "vmap" else self._loop)(call, samples, take)
 
     def fall_back(self, why: str) -> None:
@@ -90,7 +91,7 @@ class Engine:
             last = done + count == samples
             before = None if done else seeds.foreign()
             with self._memory(call, prefix, count, measure=trial > 0 or done == 0) as memory:
-                piece = self._at_once(call, count, None if last and not done else prefix)
+                piece = self._at_once(count, None if last and not done else prefix)
                 if not done and seeds.foreign() != before:
                     raise Refused("the model draws from Python's or numpy's random numbers, which know nothing of vmap")
                 place = piece[self.main].device
@@ -106,9 +107,9 @@ class Engine:
                 self._sizes[shape] = size
         self.answered += prefix.answered
 
-    def _at_once(self, call: Call, count: int, prefix: Prefix | None) -> Outputs:
+    def _at_once(self, count: int, prefix: Prefix | None) -> Outputs:
         def one(_: Tensor) -> Outputs:
-            self.main, found = self._with(prefix, lambda: named(self.model(*call.args, **call.kwargs), self.select))
+            self.main, found = self._with(prefix)
             main = found[self.main]
             self.silent = main.numel() > 0 and not chunks.is_batched(main)
             return found
@@ -129,7 +130,7 @@ class Engine:
         for index in range(samples):
             before = seeds.foreign() if index < 2 else None
             with self._memory(call, prefix, 1, measure=index == 0):
-                self.main, found = self._with(prefix, lambda: named(self.model(*call.args, **call.kwargs), self.select))
+                self.main, found = self._with(prefix)
                 waiting.append(found)
             if index < 2 and seeds.foreign() != before:
                 prefix.forget()
@@ -147,13 +148,14 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------------------- both
 
-    def _with(self, prefix: Prefix | None, passes: Callable[[], Named]) -> Named:
+    def _with(self, prefix: Prefix | None) -> Named:
         """Some passes with what was noted before; in full if the notes do not fit."""
+        call = self._inputs.fresh()  # not where the prefix takes notes
         if prefix is None or not (self._keeps_prefix and prefix.useful):
-            return passes()
+            return self._passes(call)
         try:
             with prefix:
-                found = passes()
+                found = self._passes(call)
         except Exception:
             if not prefix.deviated:
                 raise
@@ -161,7 +163,10 @@ class Engine:
             return found
         self._keeps_prefix = False
         prefix.forget()
-        return passes()
+        return self._passes(self._inputs.fresh())
+
+    def _passes(self, call: Call) -> Named:
+        return named(self.model(*call.args, **call.kwargs), self.select)
 
     @contextmanager
     def _memory(self, call: Call, prefix: Prefix, count: int, measure: bool) -> Iterator[chunks.Peak | None]:

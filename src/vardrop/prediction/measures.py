@@ -165,8 +165,8 @@ def log_likelihood(
     Args:
         samples: ŷ of every pass.
         y: the truths; ``[N]`` will do for outputs ``[N, 1]``.
-        precision: τ, above 0: one over the variance of the noise in y. A number, or a tensor that broadcasts with one
-            pass.
+        precision: τ, above 0: one over the variance of the noise in y. A number, ``[N]``, or a tensor that broadcasts
+            with one pass.
         degrees: ν, above 0: the fewer, the more the precision differs. A number, or ``[N]``; None for one precision.
 
     Shape:
@@ -188,7 +188,7 @@ def log_likelihood(
         raise ValueError(
             f"vardrop.log_likelihood: y must have the shape of the predictions, {tuple(shape)}, got {tuple(y.shape)}"
         )
-    tau = checked_precision(precision, samples)
+    tau = checked_precision(precision, samples, shape)
     error = wide(y.to(samples.device)).reshape(shape) - wide(samples)
     distance = _of_example(tau * error.square())  # [T, N]
     size = shape[1:].numel()
@@ -197,6 +197,11 @@ def log_likelihood(
         terms = constant - 0.5 * (distance + size * math.log(2 * math.pi))
     else:
         nu = wide(torch.as_tensor(degrees, device=samples.device))
+        if nu.ndim and nu.shape != shape[:1]:
+            raise ValueError(
+                "vardrop.log_likelihood: degrees of freedom must be a number or one for each of the "
+                f"{shape[0]} examples, [N], got the shape {tuple(nu.shape)}"
+            )
         if not bool((nu > 0).all()):
             raise ValueError(
                 f"vardrop.log_likelihood: degrees of freedom must be above 0, got {degrees}; leave them out for one "
@@ -214,9 +219,23 @@ def _of_example(values: Tensor) -> Tensor:
     return values.flatten(2).sum(-1) if values.ndim > 2 else values
 
 
-def checked_precision(precision: float | Tensor, like: Tensor) -> Tensor:
-    """τ as a wide tensor on the device of ``like``; refused if it is not above 0."""
+def checked_precision(precision: float | Tensor, like: Tensor, shape: torch.Size) -> Tensor:
+    """τ as a wide tensor on the device of ``like`` that broadcasts with ``shape``; refused if it is not above 0."""
     tau = wide(torch.as_tensor(precision, device=like.device))
+    if tau.ndim and tau.shape == shape[:1]:
+        tau = tau.reshape(-1, *[1] * (len(shape) - 1))  # one for every example
+    if not _broadcasts(tau.shape, shape):
+        raise ValueError(
+            f"vardrop: precision must be a number, one for each of the examples, or broadcast with {tuple(shape)}, got "
+            f"the shape {tuple(tau.shape)}"
+        )
     if not bool((tau > 0).all()):
         raise ValueError(f"vardrop: precision must be above 0, got {precision}; it is one over the noise's variance")
     return tau
+
+
+def _broadcasts(small: torch.Size, shape: torch.Size) -> bool:
+    try:
+        return torch.broadcast_shapes(small, shape) == shape
+    except RuntimeError:
+        return False

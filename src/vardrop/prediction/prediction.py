@@ -157,7 +157,9 @@ class Prediction:
             RuntimeError: for classes.
         """
         self._values("total_variance")
-        return self.variance + (1 / measures.checked_precision(precision, self.mean)).to(self.mean.dtype)
+        return self.variance + (1 / measures.checked_precision(precision, self.mean, self.mean.shape)).to(
+            self.mean.dtype
+        )
 
     def log_likelihood(self, y: Tensor, precision: float | Tensor, degrees: float | Tensor | None = None) -> Tensor:
         """Log-density of the truths under the mixture of the passes; :func:`.measures.log_likelihood` has the formula.

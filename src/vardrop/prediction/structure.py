@@ -45,15 +45,47 @@ def of_loader(batch: Any) -> Call:
 
 def moved(value: Any, device: Any) -> Any:
     """``value`` with all its tensors on a device."""
+    return _mapped(value, lambda tensor: tensor.to(device))
+
+
+def copied(value: Any) -> Any:
+    """``value`` with copies of its tensors, for code that may write to what it is given."""
+    return _mapped(value, lambda tensor: tensor.clone())
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
-        return value.to(device)
+        return change(value)
     if isinstance(value, Mapping):
-        return {key: moved(entry, device) for key, entry in value.items()}
+        return {key: _mapped(entry, change) for key, entry in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(moved(entry, device) for entry in value))
+        return type(value)(*(_mapped(entry, change) for entry in value))
     if isinstance(value, tuple | list):
-        return type(value)(moved(entry, device) for entry in value)
+        return type(value)(_mapped(entry, change) for entry in value)
     return value
+
+
+class Inputs:
+    """The arguments of a model as they were given, for every pass: a forward may write to them (``inplace=True``)."""
+
+    def __init__(self, call: Call) -> None:
+        self._original = call
+        self._renew()
+
+    def _renew(self) -> None:
+        self._call = Call(copied(self._original.args), copied(self._original.kwargs))
+        self._versions = self._now()
+
+    def _now(self) -> list[int]:
+        found: list[int] = []
+        _mapped((self._call.args, self._call.kwargs), lambda tensor: found.append(tensor._version) or tensor)  # type: ignore[func-returns-value]
+        return found
+
+    def fresh(self) -> Call:
+        """The arguments; the same tensors as long as nothing wrote to them."""
+        if self._now() != self._versions:
+            self._renew()
+        return self._call
 
 
 def device_of(model: nn.Module) -> Any:

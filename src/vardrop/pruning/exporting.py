@@ -16,6 +16,7 @@ from vardrop.pruning.network_file import beside, float32_bytes, load_network, wr
 from vardrop.pruning.writing import about
 from vardrop.sparsity.compact import compact, plain_copy
 from vardrop.sparsity.export import export_onnx
+from vardrop.training.folder import CHECKPOINT, EXAMPLES, MODEL
 
 ENDINGS = {"onnx": ".onnx", "safetensors": ".safetensors", "compressed": ".vdc"}
 _NEEDS = {
@@ -80,7 +81,7 @@ def place(run: OpenRun, form: str, out: Path | None, small: bool) -> Path:
         )
     if path.is_dir():
         raise ValueError(f"vardrop.export: --out must be a file, got the folder {path}; name a file in it")
-    if path.parent.resolve() == run.path.resolve() and path.name in ("model.safetensors", "examples.safetensors"):
+    if path.parent.resolve() == run.path.resolve() and path.name in (MODEL, EXAMPLES, CHECKPOINT):
         raise ValueError(f"vardrop.export: --out must leave the run's own files alone, got {path}; choose another name")
     make_ready(path.parent)
     return path

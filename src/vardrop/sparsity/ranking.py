@@ -24,8 +24,18 @@ class Groups(NamedTuple):
     magnitude: Tensor
 
 
+def _check_single(weight: NoisyWeight) -> None:
+    """Refuse the stacked weights of an ensemble, whose α mean other things in every member."""
+    if weight.mean.ndim > len(weight.geometry.shape):
+        raise ValueError(
+            f"vardrop.sparsity: {weight.name} must be the weight of one network, got those of {len(weight.mean)} "
+            "members of a vd.Ensemble; take them one by one, from ensemble.members()"
+        )
+
+
 def log_alpha_of(weight: NoisyWeight) -> Tensor:
     """log α of every entry of a weight."""
+    _check_single(weight)
     _, mean, noise, config, geometry = weight
     log_alpha = config.log_alpha(mean.detach(), noise.detach(), geometry).float()
     return geometry.spread(log_alpha, getattr(config, "unit", "input")).expand(mean.shape)
@@ -36,6 +46,7 @@ def groups_of(model: nn.Module) -> tuple[list[Groups], dict[str, str]]:
     found, skipped = [], {}
     for weight in noisy_weights(model):
         name, mean, noise, config, geometry = weight
+        _check_single(weight)
         if not config.learned:
             skipped[name] = f"has the fixed rates of a {type(config).__name__}, which say nothing about its weights"
             continue

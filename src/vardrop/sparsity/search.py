@@ -107,13 +107,30 @@ def error_of(model: nn.Module, validation: Any) -> float:
         device = next(model.parameters()).device
         total, count, is_class = 0.0, 0, True
         for x, y in validation:
-            output, y = model(x.to(device)), y.to(device)
+            output, y = model(x.to(device, copy=True)), y.to(device)  # a forward may write to its input
             is_class = not y.is_floating_point()
+            _check_fit(output, y, is_class)
             wrong = output.argmax(1) != y if is_class else (output.reshape(y.shape) - y).square()
             total, count = total + float(wrong.double().sum()), count + wrong.numel()
     if not count:
         raise ValueError("vardrop.sparsify_: validation must have batches (x, y), got none; a loader, not an iterator")
     return _finite(total / count if is_class else math.sqrt(total / count))
+
+
+def _check_fit(output: Any, y: Tensor, is_class: bool) -> None:
+    """Refuse truths that would be compared with something else than the outputs for them."""
+    shape = tuple(getattr(output, "shape", ()))
+    if is_class:
+        fits = len(shape) > 1 and shape[1] > 1 and y.shape == (shape[0], *shape[2:])
+        wanted = "class indices of the shape [N, ...] for outputs [N, C, ...] with a score for each of C > 1 classes"
+    else:
+        fits = len(shape) > 0 and y.shape[:1] == shape[:1] and y.numel() == output.numel()
+        wanted = "real values, as many as there are outputs"
+    if not fits:
+        raise ValueError(
+            f"vardrop.sparsify_: y of validation must be {wanted}, got y of shape {tuple(y.shape)} and outputs of "
+            f"shape {shape}; give a function of the model that returns its error"
+        )
 
 
 def _finite(error: float) -> float:

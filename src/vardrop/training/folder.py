@@ -30,7 +30,7 @@ def claim(config: Config, out: Path, resume: bool) -> dict[str, Any] | None:
         The summary, if the run is finished already; None if there is something to do.
 
     Raises:
-        FileExistsError: if the folder holds a run and ``resume`` is not set.
+        FileExistsError: if the folder holds a run and ``resume`` is not set, or a network that nothing goes on from.
         ValueError: if it holds a run with other options.
         OSError: if the folder cannot be made or written to.
     """
@@ -57,6 +57,11 @@ def claim(config: Config, out: Path, resume: bool) -> dict[str, Any] | None:
         stopped_early = found["epochs_run"] < found["config"]["epochs"]
         if found["epochs_run"] == config.epochs or (stopped_early and found["epochs_run"] < config.epochs):
             return found
+        if not (out / CHECKPOINT).exists():
+            raise FileExistsError(
+                f"vardrop.train: {out} holds a finished network without the checkpoint that training could go on from "
+                f"(it was removed, or `vardrop prune` made it); go on elsewhere with --start {out} --out another"
+            )
     return None
 
 
