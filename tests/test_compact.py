@@ -661,3 +661,32 @@ def test_inputs_that_the_model_does_not_take_are_refused() -> None:
         vd.compact(mlp([4, 2]), torch.randn(2, 5))
     with pytest.raises(TypeError, match=r"compact: model must be a torch.nn.Module, got function"):
         vd.compact(mlp, torch.randn(2, 5))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda h: h.relu_(),
+        lambda h: F.relu_(h),
+        lambda h: F.relu(h, inplace=True),
+        lambda h: h.clamp_(min=0.0),
+        lambda h: h.view(len(h), -1).add_(1.0),
+    ],
+)
+def test_a_constant_that_is_written_over_is_not_folded(change: Callable[[Tensor], Tensor]) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            change(h)
+            return self.b(h)
+
+    model = Net().double().eval()
+    with torch.no_grad():
+        model.a.weight[:2] = 0
+        model.a.bias[:2] = -1.0
+    x = torch.randn(5, 6, dtype=torch.float64)
+    torch.testing.assert_close(vd.compact(model, x)(x), model(x))

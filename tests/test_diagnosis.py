@@ -638,3 +638,45 @@ def test_the_manual_names_every_rule() -> None:
     names = re.findall(r'^ {12,}"([a-z]+(?:-[a-z]+)+)",$', source, re.M)
     assert len(names) == 10
     assert all(f"`{name}`" in manual for name in names)
+
+
+def _hidden_noise(x: Tensor, training: bool) -> Tensor:
+    return F.dropout(F.relu(x), 0.5, training)
+
+
+def test_noise_that_no_module_shows_is_measured_nonetheless() -> None:
+    """Dropout in a function that the forward calls: no module's, and in no forward's text."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(8, 32), nn.BatchNorm1d(32), nn.Linear(32, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.norm(_hidden_noise(self.first(x), self.training)))
+
+    torch.manual_seed(0)
+    net, data = Net(), list(torch.randn(2048, 8).split(128))
+    for _ in range(20):
+        for x in data:
+            net(x)
+    report = vd.diagnose(net, data)
+    assert [finding.rule for finding in report.findings] == ["variance-shift"]
+    (shift,) = report.batchnorms
+    assert shift.ratio > 2
+
+
+def test_batches_are_as_they_were() -> None:
+    class Careless(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.5), nn.BatchNorm1d(16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x.mul_(0.5))
+
+    torch.manual_seed(0)
+    data = [torch.randn(64, 8) for _ in range(4)]
+    kept = [x.clone() for x in data]
+    vd.diagnose(Careless(), data)
+    assert all(torch.equal(a, b) for a, b in zip(data, kept, strict=True))

@@ -158,7 +158,7 @@ def _batchnorms(
     paths = {module: path_to(trace, module, sources) for module in chosen} if trace is not None else {}
     known = {module: path for module, path in paths.items() if path is not None}
     try:
-        found, failed = measure(passes, chosen, known, "" if sources else None)
+        found, failed = measure(passes, chosen, known, "")  # there may be noise that could not be found
     except Exception as error:
         reason = f"the model does not run with its noise on: {type(error).__name__}: {error}"
         unjudged += [Unjudged(name, reason) for name in chosen.values()]

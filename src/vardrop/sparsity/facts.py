@@ -22,6 +22,22 @@ def name_of(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
+_SAME_MEMORY = frozenset(
+    "view view_as reshape flatten unflatten permute transpose t squeeze unsqueeze contiguous getitem detach".split()
+)
+
+
+def _aliases(node: Any) -> list[fx.Node]:
+    """A node and those that it may be a view of."""
+    found = []
+    while isinstance(node, fx.Node):
+        found.append(node)
+        if node.op not in ("call_function", "call_method") or name_of(node) not in _SAME_MEMORY:
+            break
+        node = node.args[0] if node.args else None
+    return found
+
+
 class Facts:
     """What is known of the channels of the tensors of a graph so far.
 
@@ -65,9 +81,17 @@ class Facts:
         return self.channels(source, len(source.meta["shape"]) - back)
 
     def _check_in_place(self, node: fx.Node, in_place: bool) -> None:
-        first = node.args[0]
-        if in_place and isinstance(first, fx.Node) and len(first.users) > 1:
-            raise Unknown("changes in place what is used elsewhere too")
+        changed = _aliases(node.args[0]) if in_place and node.args else []
+        if all(len(alias.users) == 1 for alias in changed):
+            return
+        reason = "changes in place what is used elsewhere too"
+        for alias in changed:
+            if alias in self.facts:  # who reads it later does not find what was known of it
+                known = self.facts[alias]
+                known.pin(reason)
+                self.facts[alias] = Channels.variable(alias, known.dim)
+                self.facts[alias].pin(reason)
+        raise Unknown(reason)
 
     def _check_positions(self, node: fx.Node, name: str) -> None:
         """Pooling acts on the last axes: refuse it where these are the channels."""

@@ -26,7 +26,7 @@ _JOINS: dict[str, Callable[[Any, Any], Any]] = {
     "mul": operator.mul, "imul": operator.mul, "mul_": operator.mul, "truediv": operator.truediv,
     "div": operator.truediv, "maximum": torch.maximum, "minimum": torch.minimum,
 }  # fmt: skip
-_IN_PLACE = {"iadd", "isub", "imul", "add_", "mul_", "relu_", "tanh_", "sigmoid_"}
+_IN_PLACE = {"iadd", "isub", "imul", "itruediv", "setitem"}
 
 
 class FunctionRules(Facts):
@@ -44,7 +44,8 @@ class FunctionRules(Facts):
             return Attend(node, first, *self.attended[first])
         if not node.args:
             raise Unknown("is not known here with other arguments than one tensor")
-        self._check_in_place(node, name in _IN_PLACE or bool(node.kwargs.get("inplace")))
+        writes = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+        self._check_in_place(node, writes or bool(node.kwargs.get("inplace")))
         if name in _JOINS:
             return self._join(node, _JOINS[name])
         others = [each for each in node.all_input_nodes if each is not first]
