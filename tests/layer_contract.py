@@ -5,7 +5,10 @@ A new layer is one line in ``LAYERS``; `test_layer_contract.py` has what is aske
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import io
+import pickle
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -78,3 +81,15 @@ LAYERS = [
     Layer("drop-block3d", lambda p: layers.DropBlock3d(p, 2), (6, 5, 3, 2, 3), dependent=(2, 3, 4), silent=False),
     Layer("residual", layers.ResidualDropout, (6, 5, 4), call=_with_residual),
 ]
+
+
+def copies(module: nn.Module, fresh: nn.Module) -> Iterator[nn.Module]:
+    """A module by deepcopy, pickle, a file, and as the state of a fresh one."""
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    fresh.load_state_dict(module.state_dict())
+    yield copy.deepcopy(module)
+    yield pickle.loads(pickle.dumps(module))
+    yield torch.load(file, weights_only=False)
+    yield fresh

@@ -6,6 +6,7 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -457,3 +458,23 @@ def test_an_ensemble_is_made_sparse_member_by_member() -> None:
     with pytest.raises(ValueError, match=words):
         vd.sparsify_(ensemble, target_sparsity=0.3)
     assert vd.sparsify_(ensemble.members()[0], target_sparsity=0.3).sparsity >= 0.3
+
+
+@pytest.mark.parametrize(
+    "config", [vd.GaussianPosterior(std=0.3), vd.SparseVariationalDropout(), vd.VariationalDropout()]
+)
+def test_the_divergence_of_padded_embeddings_is_that_of_the_members(config: Any) -> None:
+    members = [nn.Embedding(7, 4, padding_idx=1) for _ in range(3)]
+    for member in members:
+        vd.convert_(member, config)
+    ensemble = vd.Ensemble.from_modules(members)
+    torch.testing.assert_close(vd.kl_divergence(ensemble), sum(map(vd.kl_divergence, members)))
+
+
+def test_in_inference_mode_and_compiled() -> None:
+    ensemble, x = vd.Ensemble.from_modules([nn.Linear(3, 2) for _ in range(2)]), torch.randn(4, 3)
+    wanted = ensemble(x).detach()
+    with torch.inference_mode():
+        torch.testing.assert_close(ensemble(x.clone()), wanted)
+    compiled = torch.compile(ensemble, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x).detach(), wanted)

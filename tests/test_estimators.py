@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import vardrop as vd
 from contract import assert_mean
 from vardrop.weights import estimators
-from vardrop.weights.random_weight import IndependentWeight
+from vardrop.weights.random_kinds import IndependentWeight
 
 NOISY = ("local", "per_example", "per_minibatch", "flipout")
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import io
 import math
-import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import vardrop as vd
 from contract import assert_mean
-from layer_contract import LAYERS, Layer
+from layer_contract import LAYERS, Layer, copies
 from vardrop import rates
 from vardrop.testing import check_noise
 
@@ -149,17 +146,7 @@ def test_generators(layer: Layer) -> None:
 def test_copies_and_files(layer: Layer) -> None:
     module, x = layer.make(rates.linear(0.1, 0.5, steps=4)), torch.ones(layer.shape)
     module.p = 0.4
-    file = io.BytesIO()
-    torch.save(module, file)
-    file.seek(0)
-    fresh = layer.make(0.1)
-    fresh.load_state_dict(module.state_dict())
-    for other in (
-        copy.deepcopy(module),
-        pickle.loads(pickle.dumps(module)),
-        torch.load(file, weights_only=False),
-        fresh,
-    ):
+    for other in copies(module, layer.make(0.1)):
         torch.manual_seed(1)
         expected = layer.run(module, x)
         torch.manual_seed(1)

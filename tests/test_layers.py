@@ -315,6 +315,13 @@ def test_moments_of_one_layer_are_exact(name: str) -> None:
         assert_mean((samples - mean).square(), variance, "variance")
 
 
+@pytest.mark.parametrize("drop", [nn.Dropout(1.0), layers.Dropout(1.0)], ids=["torch", "ours"])
+def test_moments_of_nothing(drop: nn.Module) -> None:
+    mean, variance = layers.propagate_moments(nn.Sequential(drop, nn.Linear(3, 2, bias=False)), torch.ones(1, 3))
+    assert not mean.any()
+    assert not variance.any()
+
+
 def test_a_module_that_runs_twice_counts_twice() -> None:
     drop, linear = layers.Dropout(0.5), nn.Linear(2, 2)
     x = torch.randn(3, 2)
@@ -349,6 +356,7 @@ def test_moments_of_a_network_are_near_those_of_its_samples() -> None:
         (nn.Tanh(), r"got Tanh \(1\.0\); sample with vd.mc_predict instead"),
         (layers.GaussianDropout(0.5, shared=1), "got GaussianDropout"),
         (nn.Dropout1d(0.5), "got Dropout1d"),
+        (layers.Dropout1d(0.5), "got Dropout1d"),
     ],
 )
 def test_moments_go_through_what_is_known_only(module: nn.Module, words: str) -> None:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import vardrop as vd
 from contract import assert_close_to, assert_mean, assert_moments
 from vardrop.weights.linear_ops import DESCRIBE
-from vardrop.weights.random_weight import CorrelatedWeight, IndependentWeight
+from vardrop.weights.random_kinds import CorrelatedWeight, IndependentWeight
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*batching rule for aten..(_tri|bi)linear:UserWarning")
 SAMPLES = 3000

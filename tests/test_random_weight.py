@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 import vardrop as vd
 from contract import assert_mean, assert_moments
-from vardrop.weights.random_weight import CorrelatedWeight, IndependentWeight, RandomWeight
+from vardrop.weights.random_kinds import CorrelatedWeight, IndependentWeight
+from vardrop.weights.random_weight import RandomWeight
 
 SAMPLES = 3000
 

@@ -109,7 +109,9 @@ def test_bad_input() -> None:
     z, y = drawn(6)
     with pytest.raises(ValueError, match="temperature must be above 0 and finite, got 0"):
         TemperatureScaling(0)
-    with pytest.raises(ValueError, match=r"finite logits \[N, C\] or \[T, N, C\] are needed, got \(5,\)"):
+    with pytest.raises(
+        ValueError, match=r"logits \[N, C\] or \[T, N, C\], all finite, are needed, got the shape \(5,\) with 0 not"
+    ):
         TemperatureScaling().fit(z[0, 0], y)
     with pytest.raises(ValueError, match=r"finite logits \[N, C\] or"):
         TemperatureScaling().fit(torch.tensor([[0.0, -math.inf]]), torch.tensor([0]))

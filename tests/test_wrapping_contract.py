@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import io
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import vardrop as vd
 from contract import assert_mean
+from layer_contract import copies
 from vardrop import layers, rates
 
 Make = Callable[[rates.Rate], nn.Module]
@@ -58,17 +56,7 @@ def test_generators(make: Make, shape: tuple[int, ...]) -> None:
 @every_layer
 def test_copies_and_files(make: Make, shape: tuple[int, ...]) -> None:
     layer, x = make(0.4), torch.randn(shape)
-    file = io.BytesIO()
-    torch.save(layer, file)
-    file.seek(0)
-    fresh = make(0.1)
-    fresh.load_state_dict(layer.state_dict())
-    for other in (
-        copy.deepcopy(layer),
-        pickle.loads(pickle.dumps(layer)),
-        torch.load(file, weights_only=False),
-        fresh,
-    ):
+    for other in copies(layer, make(0.1)):
         assert torch.equal(given(other, x, 1), given(layer, x, 1))
 
 

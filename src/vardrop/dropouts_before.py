@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TypeGuard
 
 from torch import nn
 from torch.nn.modules import activation
 from torch.nn.modules.dropout import _DropoutNd
 
-from vardrop.layers.base import Drop
+from vardrop.layers.base import Drop, is_sequence
 from vardrop.layers.concrete import ConcreteDropout
 from vardrop.layers.dropout import Dropout, Dropout1d, Dropout2d, Dropout3d
 from vardrop.layers.fast import FastDropout
@@ -73,15 +72,10 @@ def why_kept(dropout: nn.Module) -> str | None:
     return None
 
 
-def _is_sequence(module: nn.Module) -> TypeGuard[nn.Sequential]:
-    """Whether a module runs its children one after the other: a subclass that leaves it at that does too."""
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
-
-
 def _leaves(module: nn.Sequential) -> Iterator[nn.Module]:
     """The modules of nested nn.Sequential containers in the order they run."""
     for child in module:  # not children(), which leaves out repetitions
-        if _is_sequence(child):
+        if is_sequence(child):
             yield from _leaves(child)
         else:
             yield child
@@ -92,7 +86,7 @@ def dropouts_before(model: nn.Module, chosen: set[int]) -> dict[int, nn.Module]:
     found: dict[int, nn.Module] = {}
     needed: set[int] = set()
     for container in model.modules():
-        if not _is_sequence(container):
+        if not is_sequence(container):
             continue
         dropout: nn.Module | None = None
         for child in _leaves(container):

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vardrop.orders import graph_wanted
 from vardrop.projection import bounded, keep_inward, outward
+from vardrop.second_order import graph_wanted
 
 __all__ = ["ard", "gaussian", "log_uniform"]
 

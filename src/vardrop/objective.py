@@ -23,7 +23,7 @@ def _whole(x: Tensor) -> Tensor:
 def _divergences(model: nn.Module) -> list[Tensor]:
     """Of every random weight, and of every layer whose noise has one."""
     terms = [
-        config.kl(*geometry.without_padding(_whole(mean), _whole(noise), getattr(config, "unit", "input")))
+        config.kl_without_padding(_whole(mean), _whole(noise), geometry)
         for _, mean, noise, config, geometry in noisy_weights(model)
     ]
     return terms + [kl for module in model.modules() if isinstance(module, Rated) and (kl := module.kl()) is not None]

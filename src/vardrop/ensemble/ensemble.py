@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from vardrop.ensemble.stacking import build, shared_buffers, stack, take
-from vardrop.prediction.structure import Call, Inputs
+from vardrop.prediction.structure import copied
 
 if TYPE_CHECKING:
     from vardrop.prediction.prediction import Prediction
@@ -108,12 +108,10 @@ class Ensemble(nn.Module):
         def one(state: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return functional_call(self.stacked, state, args, kwargs)
 
-        inputs = Inputs(Call(args, kwargs))  # what a member writes to must not reach the others
-
         def loop() -> Any:
             outputs = []
             for k in range(self.size):
-                args_, kwargs_ = inputs.fresh()
+                args_, kwargs_ = copied((args, kwargs))  # what a member writes to must not reach the others
                 arguments = tuple(a[k] if d == 0 else a for a, d in zip(args_, dims, strict=True))
                 named = {name: a[k] if by_name[name] == 0 else a for name, a in kwargs_.items()}
                 outputs.append(one({name: tensor[k] for name, tensor in state.items()}, arguments, named))
@@ -123,7 +121,7 @@ class Ensemble(nn.Module):
             return loop()
         before = {name: buffer.clone() for name, buffer in buffers.items()} if self.training else {}
         try:
-            return torch.vmap(one, in_dims=(0, dims, by_name), randomness="different")(state, *inputs.fresh())
+            return torch.vmap(one, in_dims=(0, dims, by_name), randomness="different")(state, *copied((args, kwargs)))
         except (RuntimeError, NotImplementedError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0]
         for name, buffer in before.items():  # whatever the pass did before it stopped

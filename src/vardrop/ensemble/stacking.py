@@ -52,6 +52,11 @@ class StackedPosterior(Posterior):
             return self.config.kl(weight, noise, geometry) * len(noise)  # so many scalars for each rate
         return self._each(self.config.kl, weight, noise, geometry).sum()
 
+    def kl_without_padding(self, weight: Tensor, noise: Tensor, geometry: Geometry) -> Tensor:
+        if geometry.padding is None:
+            return self.kl(weight, noise, geometry)
+        return self._each(self.config.kl_without_padding, weight, noise, geometry).sum()
+
     def random(self, weight: Tensor, noise: Tensor, geometry: Geometry) -> RandomWeight:
         return self.config.random(weight, noise, geometry)  # inside the pass, where a member is by itself
 

@@ -29,7 +29,7 @@ _Engine = Annotated[
     str, typer.Option(help="auto | vmap | loop: many passes at once, or one by one", rich_help_panel=_HOW)
 ]
 _Memory = Annotated[str | None, typer.Option(help="For the passes, in bytes or as 500M, 2G.", rich_help_panel=_HOW)]
-_Device = Annotated[str, typer.Option(help="cpu | cuda | cuda:1 | mps", rich_help_panel=_HOW)]
+_Device = Annotated[str, typer.Option(help="Where to compute: cpu | cuda | cuda:1 | mps", rich_help_panel=_HOW)]
 _DataDir = Annotated[
     Path | None, typer.Option(help="Look for data here first; then $VARDROP_DATA, ./data, the user's cache.")
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any, TypeGuard, get_args
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,11 @@ class Drop(Rated):
 def source(generator: torch.Generator | None) -> torch.Generator | None:
     """The generator that a layer draws from: the one it is given, or that of the estimator in force."""
     return estimators.current().generator if generator is None else generator
+
+
+def is_sequence(module: nn.Module) -> TypeGuard[nn.Sequential]:
+    """Whether a module runs its children one after the other: a subclass that leaves it at that does too."""
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
 def check_plain(layer: nn.Module, owner: str) -> None:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from vardrop.functional import moments_linear, moments_relu
+from vardrop.layers.base import is_sequence
 from vardrop.layers.dropout import Dropout
 from vardrop.layers.fast import FastDropout
 from vardrop.layers.gaussian import GaussianDropout
 from vardrop.weights.modules import RandomWeights
-from vardrop.weights.random_weight import CorrelatedWeight
+from vardrop.weights.random_kinds import CorrelatedWeight
 
 __all__ = ["propagate_moments"]
 
@@ -59,7 +60,7 @@ def propagate_moments(net: nn.Module, x: Tensor) -> Moments:
 
 def _steps(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     """The modules that are no sequence of others, in the order they run."""
-    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+    if is_sequence(module):
         for key, child in module._modules.items():  # not named_children(), which leaves out repetitions
             if child is not None:
                 yield from _steps(child, f"{name}.{key}" if name else key)
@@ -68,9 +69,11 @@ def _steps(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _step(name: str, module: nn.Module, mean: Tensor, variance: Tensor) -> Moments:
-    alpha = _relative_variance(module)
-    if alpha is not None:
-        return mean, variance + alpha * (mean * mean + variance)
+    rate = _rate_of_units(module)
+    if rate == 1:
+        return torch.zeros_like(mean), torch.zeros_like(variance)
+    if rate is not None:
+        return mean, variance + rate / (1 - rate) * (mean * mean + variance)
     if isinstance(module, RandomWeights) and isinstance(module, nn.Linear):
         return _random_linear(module, mean, variance)
     if isinstance(module, FastDropout):
@@ -87,13 +90,11 @@ def _step(name: str, module: nn.Module, mean: Tensor, variance: Tensor) -> Momen
     )
 
 
-def _relative_variance(module: nn.Module) -> Tensor | float | None:
-    """α of a dropout of single units, None for everything else."""
+def _rate_of_units(module: nn.Module) -> Tensor | float | None:
+    """p of a dropout of single units, None for everything else."""
     if isinstance(module, Dropout) or (isinstance(module, GaussianDropout) and not module.shared):
-        return 0.0 if module.off else module.rate / (1 - module.rate)
-    if type(module) is nn.Dropout:
-        return module.p / (1 - module.p)
-    return None
+        return 0.0 if module.off else module.rate
+    return module.p if type(module) is nn.Dropout else None
 
 
 def _random_linear(module: Any, mean: Tensor, variance: Tensor) -> Moments:

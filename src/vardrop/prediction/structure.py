@@ -73,12 +73,17 @@ class Inputs:
         self._renew()
 
     def _renew(self) -> None:
-        self._call = Call(copied(self._original.args), copied(self._original.kwargs))
+        self._call: Call = copied(self._original)
         self._versions = self._now()
 
     def _now(self) -> list[int]:
         found: list[int] = []
-        _mapped((self._call.args, self._call.kwargs), lambda tensor: found.append(tensor._version) or tensor)  # type: ignore[func-returns-value]
+
+        def note(tensor: Tensor) -> Tensor:
+            found.append(tensor._version)
+            return tensor
+
+        _mapped(self._call, note)
         return found
 
     def fresh(self) -> Call:

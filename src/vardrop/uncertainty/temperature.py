@@ -76,9 +76,9 @@ class TemperatureScaling(nn.Module):
         z = exact(logits)
         if z.ndim not in (2, 3) or 0 in z.shape or not bool(z.isfinite().all()):
             raise ValueError(
-                "vardrop.TemperatureScaling.fit: finite logits [N, C] or [T, N, C] are needed, got "
-                f"{tuple(logits.shape)} with {int((~z.isfinite()).sum())} entries that are not; for probabilities take "
-                "their log, of p.clamp_min(1e-30) where some are 0"
+                "vardrop.TemperatureScaling.fit: logits [N, C] or [T, N, C], all finite, are needed, got the shape "
+                f"{tuple(logits.shape)} with {int((~z.isfinite()).sum())} not finite; for probabilities p take "
+                "p.clamp_min(1e-30).log()"
             )
         z = z if z.ndim == 3 else z[None]
         y = checked_labels(labels, *z.shape[1:]).to(z.device)

@@ -12,7 +12,8 @@ from torch import Tensor
 from vardrop import kl
 from vardrop.weights.geometry import Geometry
 from vardrop.weights.posteriors import Posterior, check_prior, divergence, log_square, require, summable, wide
-from vardrop.weights.random_weight import IndependentWeight, RandomWeight
+from vardrop.weights.random_kinds import IndependentWeight
+from vardrop.weights.random_weight import RandomWeight
 
 
 @dataclass(frozen=True)

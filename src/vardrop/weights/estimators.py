@@ -20,7 +20,7 @@ from vardrop.weights.noise import add_noise, normal, signs
 from vardrop.weights.per_example import per_example
 
 if TYPE_CHECKING:
-    from vardrop.weights.random_weight import CorrelatedWeight, IndependentWeight
+    from vardrop.weights.random_kinds import CorrelatedWeight, IndependentWeight
 
 NAMES = ("local", "per_example", "per_minibatch", "flipout", "none")
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vardrop.orders import graph_wanted
 from vardrop.projection import bounded, keep_inward
+from vardrop.second_order import graph_wanted
 from vardrop.weights.noise import with_noise
 
 

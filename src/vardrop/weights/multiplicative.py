@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vardrop.orders import graph_wanted
 from vardrop.projection import bounded, keep_inward
+from vardrop.second_order import graph_wanted
 from vardrop.weights.fused import can_fuse, local_linear
 from vardrop.weights.geometry import Geometry
 from vardrop.weights.linear_ops import LinearOp
 from vardrop.weights.posteriors import Posterior, check_prior, divergence, require, wide
-from vardrop.weights.random_weight import CorrelatedWeight, IndependentWeight, RandomWeight
+from vardrop.weights.random_kinds import CorrelatedWeight, IndependentWeight
+from vardrop.weights.random_weight import RandomWeight
 
 SHARINGS = ("layer", "neuron", "weight")
 DEFAULT_RATE = 0.2  # where a learned rate starts if neither the user nor a replaced dropout says

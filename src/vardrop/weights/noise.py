@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from vardrop.orders import graph_wanted
+from vardrop.second_order import graph_wanted
 
 
 class _Source(TypedDict, total=False):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vardrop.orders import graph_wanted
+from vardrop.second_order import graph_wanted
 from vardrop.weights.linear_ops import Examples, LinearOp
 from vardrop.weights.noise import add_noise
 

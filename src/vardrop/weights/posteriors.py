@@ -68,6 +68,10 @@ class Posterior:
         """KL divergence from the prior, summed over all random scalars of the weight."""
         raise NotImplementedError
 
+    def kl_without_padding(self, weight: Tensor, noise: Tensor, geometry: Geometry) -> Tensor:
+        """The same without the row of an embedding that is a constant, if it has one."""
+        return self.kl(*geometry.without_padding(weight, noise, getattr(self, "unit", "input")))
+
 
 def check_prior(config: Any) -> None:
     """Refuse a prior that there is none of."""

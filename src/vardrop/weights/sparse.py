@@ -12,7 +12,8 @@ from torch import Tensor
 from vardrop.weights.geometry import Geometry
 from vardrop.weights.multiplicative import SHARINGS, RelativeWeight
 from vardrop.weights.posteriors import Posterior, divergence, log_square, require, wide
-from vardrop.weights.random_weight import IndependentWeight, RandomWeight
+from vardrop.weights.random_kinds import IndependentWeight
+from vardrop.weights.random_weight import RandomWeight
 
 
 def _over(numerator: Tensor, theta: Tensor) -> Tensor:
