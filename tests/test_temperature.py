@@ -109,11 +109,9 @@ def test_bad_input() -> None:
     z, y = drawn(6)
     with pytest.raises(ValueError, match="temperature must be above 0 and finite, got 0"):
         TemperatureScaling(0)
-    with pytest.raises(
-        ValueError, match=r"logits \[N, C\] or \[T, N, C\], all finite, are needed, got the shape \(5,\) with 0 not"
-    ):
+    with pytest.raises(ValueError, match=r"all finite, are needed, got the shape \(5,\) with 0 not finite"):
         TemperatureScaling().fit(z[0, 0], y)
-    with pytest.raises(ValueError, match=r"finite logits \[N, C\] or"):
+    with pytest.raises(ValueError, match=r"logits \[N, C\] or \[T, N, C\], all finite"):
         TemperatureScaling().fit(torch.tensor([[0.0, -math.inf]]), torch.tensor([0]))
     right = F.one_hot(y, 5).double()
     with pytest.raises(ValueError, match=r"a finite temperature must be the best one, got a likelihood that grows tow"):
