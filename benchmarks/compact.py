@@ -7,6 +7,8 @@ transformer also those that read a channel of its stream). How they died does no
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ import vardrop as vd
 from benchmarks import table
 from benchmarks.blocks import residual_network
 from benchmarks.timing import Row, interleaved, summarise
+from vardrop.reproduce.experiments import _onnx
 from vardrop.reproduce.experiments._compact import BandEncoder, lenet5, lenet300100
 
 GOAL = 1.5  # times the share of multiply-adds that is left, at the large batch
@@ -119,20 +122,21 @@ def measure(names: Iterable[str], rounds: int, warmup: int) -> list[Row]:
         work = after / before
         for batch in BATCHES:
             x = torch.randn(batch, *shape, generator=generator)
-            calls = {size: _forwards(net, x, 20 if batch == 1 else 1) for size, net in (("", small), ("d", dense))}
-            pairs = interleaved({name: calls[""]}, calls["d"], rounds, warmup)[name]
+            times = 20 if batch == 1 else 1
             goal = round(GOAL * work, 2) if batch > 1 else None
-            rows.append(
-                summarise("compact", f"{name}, batch {batch}", pairs, goal=goal, note=f"{work:.2f} of the work")
-            )
+            for engine, call in (("torch", partial), ("onnxruntime", _onnx.forward)):
+                ours, theirs = (_repeated(call(net, x), times) for net in (small, dense))
+                pairs = interleaved({name: ours}, theirs, rounds, warmup)[name]
+                what = f"{name}, {engine}, batch {batch}"
+                rows.append(summarise("compact", what, pairs, goal=goal, note=f"{work:.2f} of the work"))
     return rows
 
 
-def _forwards(net: nn.Module, x: Tensor, times: int) -> Callable[[], None]:
+def _repeated(call: Callable[[], Any], times: int) -> Callable[[], None]:
     def run() -> None:
         with torch.inference_mode():
             for _ in range(times):
-                net(x)
+                call()
 
     return run
 

@@ -70,8 +70,12 @@ NORMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 @pytest.mark.parametrize("name", NORMS)
 @pytest.mark.parametrize("keep", [0.8, 0.5, 0.1])
-def test_norms_of_what_is_left_are_those_of_all(name: str, keep: float) -> None:
+@pytest.mark.parametrize("in_a_graph", [False, True])
+def test_norms_of_what_is_left_are_those_of_all(
+    name: str, keep: float, in_a_graph: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make, shape = NORMS[name]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: in_a_graph)
     norm = randomised(make())
     kind = CompactGroupNorm if isinstance(norm, nn.GroupNorm) else CompactLayerNorm
     axis = 1 if isinstance(norm, nn.GroupNorm) else len(shape)
@@ -90,8 +94,12 @@ def test_norms_of_what_is_left_are_those_of_all(name: str, keep: float) -> None:
 
 
 @pytest.mark.parametrize("name", ["layer", "rms", "group"])
-def test_half_precision_keeps_its_statistics_in_single(name: str) -> None:
+@pytest.mark.parametrize("in_a_graph", [False, True])
+def test_half_precision_keeps_its_statistics_in_single(
+    name: str, in_a_graph: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make, shape = NORMS[name]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: in_a_graph)
     norm = make().bfloat16()
     kind = CompactGroupNorm if name == "group" else CompactLayerNorm
     axis = 1 if name == "group" else len(shape)

@@ -395,7 +395,6 @@ class Tagger(nn.Module):
         return self.last(torch.relu(self.conv(self.encoder(self.first(x)).transpose(1, 2))).view(-1, 18))
 
 
-@pytest.mark.filterwarnings("ignore:.*treespec.*:FutureWarning")  # torch.onnx about torch
 def test_compact_networks_run_in_onnxruntime(tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     torch.manual_seed(0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from vardrop.reproduce.experiments import _compact, compact
+from vardrop.reproduce.experiments import _compact, _onnx, compact
 from vardrop.reproduce.results import Result
 
 
@@ -25,9 +25,11 @@ def network_row(share: float, work: float, validation: float, name: str = "LeNet
 
 
 def time_rows(share: float, work: float, ratios: tuple[float, float], **about: Any) -> list[dict[str, Any]]:
+    """Of onnxruntime nine tenths of the ratio."""
     identity = {"table": "times", "network": "LeNet-5", "seed": 0, **about, "kl_scale": share, "work_ratio": work}
     return [
-        {**identity, "batch": batch, "ms_dense": 2.0, "ms_compact": 2 * r, "time_ratio": r}
+        {**identity, "engine": engine, "batch": batch, "ms_dense": 2.0, "ms_compact": 2 * r, "time_ratio": by * r}
+        for engine, by in (("torch", 1.0), ("onnxruntime", 0.9))
         for batch, r in zip((1, 256), ratios, strict=True)
     ]
 
@@ -45,7 +47,8 @@ def test_a_cell_gives_sizes_errors_and_times(cell: dict[str, Any]) -> None:
     assert 0 < row["work_ratio"] <= 1
     assert row["multiply_adds"] >= row["multiply_adds_left"] > 0
     assert row["test_error_sparse"] == pytest.approx(row["test_error_compact"], abs=0.3)  # the same function
-    assert [each["batch"] for each in timed] == [1, 256]
+    pairs = [(each["engine"], each["batch"]) for each in timed]
+    assert pairs == [("torch", 1), ("torch", 256), ("onnxruntime", 1), ("onnxruntime", 256)]
     assert all(each["ms_dense"] > 0 and each["time_ratio"] > 0 for each in timed)
     assert compact.summarise([result([row, *timed])])[-1]["networks"] == 1
 
@@ -57,6 +60,7 @@ def test_validation_chooses_the_least_work_that_is_near_enough() -> None:
     assert (chosen["kl_scale"], chosen["time_ratio_1"], mean["seeds"]) == (0.2, 0.9, 1)
     assert (mean["ms_dense_256"], mean["ms_compact_256"]) == (2.0, pytest.approx(0.72))
     assert worst["over_work_256"] == pytest.approx(1.2)
+    assert worst["over_work_onnx_256"] == pytest.approx(1.08)
     assert worst["error_increase"] == pytest.approx(0.5)
 
 
@@ -75,7 +79,8 @@ def test_means_are_over_seeds() -> None:
 
 def test_the_figure_has_a_panel_for_each_batch() -> None:
     drawn = compact.figure([result([network_row(0.1, 0.4, 2.0), *time_rows(0.1, 0.4, (1.0, 0.4))])], [])
-    assert [axes.get_title() for axes in drawn.axes] == ["batch 1", "batch 256"]
+    titles = [f"{engine}, batch {batch}" for engine in ("torch", "onnxruntime") for batch in (1, 256)]
+    assert [axes.get_title() for axes in drawn.axes] == titles
 
 
 def test_images_are_padded_and_do_not_overlap() -> None:
@@ -103,3 +108,9 @@ def test_the_noise_has_a_rate_of_its_own() -> None:
     _compact.vd.convert_(net, _compact.posterior({"sharing": "neuron", "unit": "output"}))
     groups = _compact.optimizer(net, 0.1, 0.2).param_groups
     assert [(group["lr"], len(group["params"])) for group in groups] == [(0.1, 2), (0.2, 1)]
+
+
+def test_a_pass_in_onnxruntime_computes_what_torch_does() -> None:
+    net, x = _compact.lenet300100(4, (5, 3)).eval(), torch.randn(3, 1, 4, 4)
+    (made,) = _onnx.forward(net, x)()
+    torch.testing.assert_close(torch.from_numpy(made), net(x))

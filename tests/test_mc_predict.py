@@ -279,7 +279,7 @@ def test_too_little_memory_halves_the_chunk(monkeypatch: pytest.MonkeyPatch) -> 
     assert (found.engine, found.passes, found.chunk) == ("vmap", 20, 5)
     assert found.samples is not None
     assert len(found.samples) == 20
-    assert counts == [1, 19, 10, 5, 5, 5, 5]
+    assert counts == [20, 10, 5, 5, 5, 5]
     with pytest.raises(torch.OutOfMemoryError, match="full"):
         vd.mc_predict(classifier(), X, 20, chunk=10)
 

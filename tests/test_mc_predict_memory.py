@@ -9,11 +9,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import vardrop as vd
 from vardrop.prediction import chunks
 from vardrop.prediction.chunks import Peak
+from vardrop.prediction.engine import Engine
 
 X = torch.randn(50, 20)
 
@@ -65,6 +67,54 @@ def test_chunks_are_even_and_not_larger(left: int, size: int) -> None:
     assert max(made) <= size
     assert max(made) - min(made) <= 1
     assert len(made) == count
+
+
+class Grows(nn.Module):
+    """A small input, a large tensor inside; what it does about errors differs."""
+
+    def __init__(self, errors: str) -> None:
+        super().__init__()
+        self.errors, self.counts = errors, []
+        self.wide, self.last = nn.Linear(3, 100_000), nn.Linear(100_000, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.dropout(x, 0.5, self.training)
+        try:
+            return self.last(self.wide(h))
+        except Exception as error:
+            if self.errors == "are kept":
+                return h[:, :2]
+            if self.errors == "are wrapped":
+                raise RuntimeError("the model has failed") from error
+            raise
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    counts: list[int] = []
+    at_once = Engine._at_once
+    monkeypatch.setattr(Engine, "_at_once", lambda self, *args: counts.append(args[0]) or at_once(self, *args))
+    return counts
+
+
+def test_a_small_batch_is_one_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = counted(monkeypatch)
+    assert vd.mc_predict(noisy_mlp(), X[:1], 100).chunk == 100
+    assert counts == [100]
+
+
+@pytest.mark.parametrize("errors", ["pass", "are kept", "are wrapped"])
+def test_a_small_batch_that_grows_begins_again(errors: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = counted(monkeypatch)
+    net = Grows(errors)
+    found = vd.mc_predict(net, X[:1, :3], 60)  # 400 kB in a pass: ten passes at once
+    assert (found.engine, found.chunk, found.samples.shape) == ("vmap", 10, (60, 1, 2))
+    assert counts == [60, 1, *[10] * 5, 9]
+    net.eval()
+    with torch.no_grad():
+        assert ((found.mean - net(X[:1, :3])) / found.std * 60**0.5).abs().max() < 5
+    again = vd.mc_predict(net, [X[:1, :3], X[1:2, :3]], 60)
+    assert again.chunk == 10
+    assert counts[8:] == [60, 1, *[10] * 5, 9, *[10] * 6]  # the second batch of one shape knows
 
 
 @pytest.mark.parametrize("make", [noisy_mlp, long_prefix])

@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_leaves
 # than its passes one by one. An accelerator wants work in large pieces.
 _CACHE = 4 << 20
 _ACCELERATOR = 256 << 20
+_GROWTH = 8  # times the inputs, that tensors inside of a model are taken for until they have been seen
+_TOO_MANY = 4  # times the passes that fit: they are given up
 _ROOM = 0.9  # of the memory that is allowed, for what grows a little faster than the passes
 
 
@@ -32,6 +34,17 @@ def for_cache(largest: int, device: torch.device) -> int:
     """
     room = _CACHE if device.type == "cpu" else _ACCELERATOR
     return max(1, room // max(1, largest))
+
+
+def at_first(inputs: list[Tensor]) -> int:
+    """Passes at once by the inputs alone: for a small batch a pass to find out would cost a third of all others."""
+    size = sum(tensor.numel() * tensor.itemsize for tensor in inputs)
+    return for_cache(_GROWTH * size, inputs[0].device) if size else 1
+
+
+def too_many(count: int, largest: int, device: torch.device) -> bool:
+    """Whether so many passes are far more than fit, so that it is worth to begin again; arguments of for_cache."""
+    return count > _TOO_MANY * for_cache(largest, device)
 
 
 def for_memory(allowed: int, held: int, needed: int, count: int) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vardrop.prediction import chunks, seeds
-from vardrop.prediction.prefix import Prefix
+from vardrop.prediction.prefix import Prefix, TooMany
 from vardrop.prediction.structure import Call, Inputs, Select, named
 
 Outputs = dict[str, Tensor]  # name -> [passes, N, ...]
@@ -82,16 +82,25 @@ class Engine:
     # ------------------------------------------------------------------------------------------------------- vmap
 
     def _vmap(self, call: Call, samples: int, take: Take) -> None:
-        shape = _shape(call)
+        shape = tuple((tuple(tensor.shape), tensor.dtype) for tensor in _tensors(call))
         size = self._asked or self._sizes.get(shape)
         prefix, done = Prefix(batched=True), 0
-        trial = 1 if size is None else 0  # passes of the next chunk, while it is being found out how many there can be
+        trial = 0  # passes of the next chunk, while it is being found out how many there can be
+        if size is None:
+            fits = self._max_memory is None and samples <= chunks.at_first(_tensors(call))
+            trial = self._sizes[shape] = samples if fits else 1
         while done < samples and not self.silent:
             count = min(trial, samples - done) if trial else chunks.even(samples - done, size or 1)
-            last = done + count == samples
+            only = done + count == samples and not done and trial < 2
             before = None if done else seeds.foreign()
             with self._memory(call, prefix, count, measure=trial > 0 or done == 0) as memory:
-                piece = self._at_once(count, None if last and not done else prefix)
+                try:
+                    prefix.passes = count if trial > 1 and not done else 1
+                    piece = self._at_once(count, None if only else prefix)
+                except TooMany:
+                    prefix = Prefix(batched=True)
+                    trial = self._sizes[shape] = 1
+                    continue
                 if not done and seeds.foreign() != before:
                     raise Refused("the model draws from Python's or numpy's random numbers, which know nothing of vmap")
                 place = piece[self.main].device
@@ -116,11 +125,15 @@ class Engine:
 
         try:
             with _no_slow_rules():
-                return torch.vmap(one, randomness="different")(torch.empty(count))
+                found: Outputs = torch.vmap(one, randomness="different")(torch.empty(count))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            raise Refused(_in_short(error)) from error
+            if prefix is None or not prefix.gave_up:
+                raise Refused(_in_short(error)) from error
+        if prefix is not None and prefix.gave_up:  # whatever the model made of it
+            raise TooMany
+        return found
 
     # ------------------------------------------------------------------------------------------------------- loop
 
@@ -180,19 +193,16 @@ class Engine:
             yield peak
         if peak.most > self._max_memory and (count == 1 or self._asked is not None):
             passes = "one pass" if count == 1 else f"chunk={count} passes"
-            examples = next(
-                (len(v) for v in (*call.args, *call.kwargs.values()) if isinstance(v, Tensor) and v.ndim), 0
-            )
+            examples = next((len(tensor) for tensor in _tensors(call) if tensor.ndim), 0)
             raise ValueError(
                 f"vardrop.mc_predict: max_memory must have room for {passes} over a batch of {examples} examples, "
                 f"which take {peak.most:,} bytes, got {self._max_memory:,}; give more, or smaller batches"
             )
 
 
-def _shape(call: Call) -> tuple[Any, ...]:
-    """What the size of the activations depends on, as far as the arguments tell."""
-    arguments = (*call.args, *call.kwargs.values())
-    return tuple((tuple(value.shape), value.dtype) for value in arguments if isinstance(value, Tensor))
+def _tensors(call: Call) -> list[Tensor]:
+    """The arguments that are tensors: what the size of the activations depends on, as far as they tell."""
+    return [value for value in (*call.args, *call.kwargs.values()) if isinstance(value, Tensor)]
 
 
 @contextmanager

@@ -22,7 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
-from vardrop.prediction.chunks import is_batched
+from vardrop.prediction.chunks import is_batched, too_many
+
+
+class TooMany(Exception):  # noqa: N818 - a signal to start again
+    """One pass of a tensor is so large that there should be fewer passes at once."""
 
 
 class Deviated(Exception):  # noqa: N818 - a signal to start again
@@ -73,17 +77,20 @@ class Prefix(TorchFunctionMode):
         random: whether noise was met while writing.
         largest: bytes of one pass of the largest noisy tensor; only known under vmap.
         deviated: whether the last chunk has to be made again.
+        gave_up: whether there were too many passes at once.
         useful: whether there is something to write, or to read.
         answered: how many calls were answered from the notes.
         at_noise: called when the noise begins, while writing.
+        passes: how many run at once, if they are to be given up when a tensor is too large for so many.
     """
 
     def __init__(self, batched: bool) -> None:
         super().__init__()
-        self.random = self.deviated = False
+        self.random = self.deviated = self.gave_up = False
         self.useful = True
         self.largest = self.answered = 0
         self.at_noise: Callable[[], None] = _nothing
+        self.passes = 1
         self._batched = batched
         self._notes: list[_Note] = []
         self._numbers = WeakIdKeyDictionary()
@@ -127,8 +134,12 @@ class Prefix(TorchFunctionMode):
     def _carry_out(self, func: Any, args: Any, kwargs: Any) -> Any:
         out = func(*args, **kwargs)
         if self._batched:
-            sizes = (tensor.numel() * tensor.itemsize for tensor in _tensors(out) if is_batched(tensor))
-            self.largest = max(self.largest, *sizes, 0)
+            for tensor in _tensors(out):
+                if is_batched(tensor):
+                    self.largest = max(self.largest, tensor.numel() * tensor.itemsize)
+                    if too_many(self.passes, self.largest, tensor.device):
+                        self.gave_up = True
+                        raise TooMany
         return out
 
     # ---------------------------------------------------------------------------------------------------- writing

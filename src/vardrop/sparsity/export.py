@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,8 @@ def export_onnx(model: nn.Module, example_input: Tensor | Sequence[Any], path: s
     plain = plain_copy(model)
     batch = torch.export.Dim("batch")
     shapes = tuple({0: batch} if isinstance(x, Tensor) and x.ndim else None for x in inputs)
-    program = torch.onnx.export(plain, inputs, dynamo=True, dynamic_shapes=shapes, verbose=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*treespec", FutureWarning)  # torch's exporter about torch's trees
+        program = torch.onnx.export(plain, inputs, dynamo=True, dynamic_shapes=shapes, verbose=False)
     assert program is not None  # noqa: S101 - of dynamo=True
     program.save(str(path))

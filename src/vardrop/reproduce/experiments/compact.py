@@ -5,7 +5,8 @@ sparsified at log α > 3, fine-tuned with its zeros held, and compacted. The div
 the epochs. At a share of 0.3 of it and above LeNet-5 collapsed, and at 0.1 next to nothing of the transformer went: so
 the shares that are tried are another pair for every network. Validation images choose the share: the least
 work whose error is at most half a point above that of the network trained plainly for as long, or else the smallest
-error. The time of inference is measured of the sparse network as it was and of the compacted one, in turn.
+error. The time of inference is measured of the sparse network as it was and of the compacted one, in turn, in torch and
+in onnxruntime: at a batch of one a call of torch costs more than what it computes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import functools
 import json
 import statistics
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 import vardrop as vd
 from vardrop.reproduce.experiment import Config, Experiment, Row
 from vardrop.reproduce.experiments import _compact as networks
+from vardrop.reproduce.experiments import _onnx
 from vardrop.reproduce.run import device_name
 
 if TYPE_CHECKING:
@@ -37,6 +40,7 @@ SHARES = {  # of the divergence: tried on validation images
     "LeNet-300-100": (0.3, 1.0), "LeNet-5": (0.1, 0.2), "ResNet": (1.0, 2.0), "transformer": (0.3, 0.6),
 }  # fmt: skip
 BATCHES = (1, 256)
+ENGINES = {"torch": "", "onnxruntime": "onnx_"}  # and what stands in front of the size of the batch in a column
 
 SIZES: dict[str, dict[str, tuple[int, ...]]] = {
     "smoke": {"LeNet-300-100": (30, 10), "LeNet-5": (4, 6, 20), "ResNet": (1, 4), "transformer": (2, 8, 1, 2, 16)},
@@ -93,7 +97,7 @@ def run_cell(config: Config) -> list[Row]:
         row[f"validation_error_{name}"] = networks.error(each, data.validation)
         row[f"test_error_{name}"] = networks.error(each, data.test)
     x = data.test[0]
-    timed = [times(net, small, x[:batch], config["rounds"]) for batch in BATCHES]
+    timed = [times(net, small, x[:batch], config["rounds"], engine) for engine in ENGINES for batch in BATCHES]
     measured = [{"table": "times", **identity, **each, "work_ratio": less / work} for each in timed]
     return [row, *measured]
 
@@ -115,21 +119,23 @@ def _same(loss: Tensor) -> Tensor:
     return loss
 
 
-def times(dense: nn.Module, small: nn.Module, x: Tensor, rounds: int) -> Row:
+def times(dense: nn.Module, small: nn.Module, x: Tensor, rounds: int, engine: str) -> Row:
     """Processor time of a forward pass of both, measured in turn, and the median of their ratio."""
     repeats = max(1, 32 // len(x))
     seconds: dict[str, list[float]] = {"dense": [], "compact": []}
+    calls = {name: _call(net, x, engine) for name, net in (("dense", dense), ("compact", small))}
     with torch.inference_mode():
         for _ in range(rounds + 3):
-            for name, net in (("dense", dense), ("compact", small)):
+            for name, call in calls.items():
                 start = time.process_time()
                 for _ in range(repeats):
-                    net(x)
+                    call()
                 seconds[name].append((time.process_time() - start) / repeats)
     dense_times, small_times = (each[3:] for each in seconds.values())  # the first ones set kernels up
     ratios = [ours / theirs for ours, theirs in zip(small_times, dense_times, strict=True)]
     low, high = (statistics.quantiles(ratios, n=4, method="inclusive") if rounds > 1 else ratios * 3)[::2]
     return {
+        "engine": engine,
         "batch": len(x),
         "ms_dense": 1000 * statistics.median(dense_times),
         "ms_compact": 1000 * statistics.median(small_times),
@@ -138,6 +144,10 @@ def times(dense: nn.Module, small: nn.Module, x: Tensor, rounds: int) -> Row:
         "threads": torch.get_num_threads(),
         "device": device_name("cpu"),
     }
+
+
+def _call(net: nn.Module, x: Tensor, engine: str) -> Callable[[], Any]:
+    return _onnx.forward(net, x) if engine == "onnxruntime" else functools.partial(net, x)
 
 
 def summarise(results: list[Result]) -> list[Row]:
@@ -151,9 +161,9 @@ def summarise(results: list[Result]) -> list[Row]:
         row["error_increase"] = best["test_error_compact"] - best["test_error_plain"]
         for each in of_network:
             if each["table"] == "times" and each["kl_scale"] == best["kl_scale"]:
-                row |= {f"{name}_{each['batch']}": each[name] for name in ("ms_dense", "ms_compact")}
-                row[f"time_ratio_{each['batch']}"] = each["time_ratio"]
-                row[f"over_work_{each['batch']}"] = each["time_ratio"] / each["work_ratio"]
+                at = f"{ENGINES[each['engine']]}{each['batch']}"
+                row |= {f"{name}_{at}": each[name] for name in ("ms_dense", "ms_compact", "time_ratio")}
+                row[f"over_work_{at}"] = each["time_ratio"] / each["work_ratio"]
         chosen.append({"table": "chosen", **row})
     means: list[Row] = []
     for network in dict.fromkeys(row["network"] for row in chosen):
@@ -164,13 +174,15 @@ def summarise(results: list[Result]) -> list[Row]:
             if len(group) > 1:
                 mean[f"{column}_sd"] = statistics.stdev(row[column] for row in group)
         means.append(mean)
-    worst = {column: max(row[column] for row in means) for column in ("over_work_256", "error_increase", "work_ratio")}
+    columns = ("over_work_256", "over_work_onnx_1", "over_work_onnx_256", "error_increase", "work_ratio")
+    worst = {column: max(row[column] for row in means) for column in columns}
     return [*chosen, *means, {"table": "worst", "networks": len(means), **worst}]
 
 
+_TIMED = ("ms_dense", "ms_compact", "time_ratio", "over_work")
 MEANS = (
-    "parameters_left", "work_ratio", "test_error_plain", "test_error_compact", "error_increase", "ms_dense_1",
-    "ms_compact_1", "time_ratio_1", "over_work_1", "ms_dense_256", "ms_compact_256", "time_ratio_256", "over_work_256",
+    "parameters_left", "work_ratio", "test_error_plain", "test_error_compact", "error_increase",
+    *(f"{column}_{engine}{batch}" for engine in ENGINES.values() for batch in BATCHES for column in _TIMED),
 )  # fmt: skip
 
 
@@ -187,19 +199,23 @@ def figure(results: list[Result], claims: list[Claim]) -> Figure:
     from matplotlib.figure import Figure
 
     rows = [row for result in results for row in result.rows if row["table"] == "times"]
-    drawn = Figure(figsize=(9, 4.2), layout="constrained")
-    left, right = drawn.subplots(1, 2, sharex=True, sharey=True)
-    for axes, batch in zip((left, right), sorted({row["batch"] for row in rows}), strict=True):
+    panels = [(engine, batch) for engine in ENGINES for batch in sorted({row["batch"] for row in rows})]
+    drawn = Figure(figsize=(9, 7.6), layout="constrained")
+    grid = drawn.subplots(len(ENGINES), len(panels) // len(ENGINES), sharex=True, sharey=True)
+    ends = [min(row["work_ratio"] for row in rows) / 1.2, 1.1]
+    for axes, (engine, batch) in zip(grid.flat, panels, strict=True):
         for i, network in enumerate(dict.fromkeys(row["network"] for row in rows)):
-            points = [row for row in rows if (row["network"], row["batch"]) == (network, batch)]
+            points = [r for r in rows if (r["network"], r["engine"], r["batch"]) == (network, engine, batch)]
             x, y = ([row[name] for row in points] for name in ("work_ratio", "time_ratio"))
             axes.scatter(x, y, color=f"C{i}", label=network, s=28)
-        ends = [min(row["work_ratio"] for row in rows) / 1.2, 1.1]
         axes.plot(ends, ends, color="C7", linewidth=0.8, label="in proportion")
         axes.plot(ends, [1.5 * end for end in ends], color="C7", linewidth=0.8, linestyle="--", label="1.5 times that")
-        axes.set(xscale="log", yscale="log", title=f"batch {batch}", xlabel="multiply-adds left")
-    left.set_ylabel("time left")
-    right.legend(fontsize="small")
+        axes.set(xscale="log", yscale="log", title=f"{engine}, batch {batch}")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("time left")
+    for axes in grid[-1]:
+        axes.set_xlabel("multiply-adds left")
+    grid[0, -1].legend(fontsize="small")
     return drawn
 
 
