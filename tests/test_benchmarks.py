@@ -198,7 +198,7 @@ def test_prediction_is_measured_against_a_loop_of_the_same_model(monkeypatch: py
     )
     cases = [prediction.Case("mlp", lambda: prediction.noisy_mlp(8, 8), (3, 8), 0.5)]
     ours, peer, missing = prediction.measure(cases, rounds=1, warmup=0)
-    assert (ours.variant, ours.goal, ours.note) == ("mlp", 0.5, "vmap, 4 at once")
+    assert (ours.variant, ours.goal, ours.note) == ("mlp", 0.5, "vmap, 5 at once")
     assert (peer.variant, peer.goal) == ("mlp: itself", None)
     assert missing.note == "cannot be used here: ModuleNotFoundError: No module named 'absent'"
 

@@ -274,6 +274,9 @@ def test_uci_is_standardised_by_its_training_rows(yacht, only):
     torch.testing.assert_close(data.test_x[:, [0, 2]], torch.tensor(expected, dtype=torch.float32))
     assert (data.train_x[:, 1] == 0).all()
     assert (data.test_x[:, 1] == 0).all()
+    told = data.scaling.told()
+    np.testing.assert_allclose(np.array(told["mean"]), raw[2:, :3].mean(0))
+    assert told["std"] == [pytest.approx(raw[2:, 0].std()), None, pytest.approx(raw[2:, 2].std())]
     torch.testing.assert_close(data.test_y, torch.tensor(raw[:2, 3], dtype=torch.float32))
     assert torch.equal(load("uci:yacht", only, split=1).test_y, torch.tensor(raw[[9, 8], 3], dtype=torch.float32))
 

@@ -167,3 +167,26 @@ class TestRefusals:
         refused(vardrop_("export", run, "--format", "compressed", "--out", path), words)
         assert [file.name for file in tmp_path.iterdir()] == ["net.vdc"]
         assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize("form", ["onnx", "safetensors"])
+def test_what_a_table_went_through_stands_in_the_file(tmp_path, vardrop_, form):
+    file = tmp_path / "prices.csv"
+    rows = [(i, 7, 3 * i + 1) for i in range(40)]
+    file.write_text("size,floor,price\n" + "\n".join(f"{a},{b},{y}.5" for a, b, y in rows))
+    train(Config(model="mlp:1x8", epochs=1, data=str(file)), tmp_path / "run", progress=False)
+    opened, path = open_run(tmp_path / "run"), tmp_path / f"net.{form}"
+    status, out, _ = vardrop_("export", tmp_path / "run", "--format", form, "--out", path)
+    assert (status, "Its inputs are columns that were standardised" in out) == (0, True)
+    if form == "onnx":
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        about = json.loads(session.get_modelmeta().custom_metadata_map["vardrop"])
+    else:
+        about = json.loads((tmp_path / "net.safetensors.json").read_text())
+    told, raw = about["inputs"], np.array(rows)[:, :2]
+    assert told["columns"] == ["size", "floor"]
+    assert told["std"][1] is None
+    x = np.stack([(raw[:, 0] - told["mean"][0]) / told["std"][0], 0 * raw[:, 1]], 1)
+    own = torch.cat([opened.data.train_x, opened.data.test_x])
+    np.testing.assert_allclose(sorted(x.tolist()), sorted(own.tolist()), rtol=1e-5, atol=1e-6)
+    assert about["target"]["mean"] == pytest.approx(opened.data.train_y.mean().item(), rel=0.2)

@@ -153,6 +153,24 @@ class TestExamples:
         torch.testing.assert_close(one.x, found.x[:1])
         assert one.y.item() == pytest.approx(float(whole[0][2]))
 
+    def test_a_run_whose_file_has_changed_is_refused(self, tmp_path, vardrop_):
+        file = write_csv(tmp_path / "prices.csv", prices())
+        run = trained(tmp_path / "run", data=str(file), epochs=1)
+        elsewhere = tmp_path / "elsewhere"
+        elsewhere.mkdir()
+        file.rename(elsewhere / file.name)
+        with pytest.raises(FileNotFoundError, match="there must be a file"):
+            open_run(run)
+        assert open_run(run, elsewhere).data.columns == ("a", "b", "y")  # the same file in another place will do
+        write_csv(file, [*prices(), ["1", "2", "3"]])
+        words = r"prices.csv must be the file that .* was trained on, got another \(SHA-256 .*; put the old file back"
+        with pytest.raises(ValueError, match=words):
+            open_run(run)
+        with pytest.raises(ValueError, match=words):
+            train(Config(model="mlp:1x16", epochs=3, average=0.9, lr=1e-2, data=str(file)), run, resume=True)
+        on = Config(model="mlp:1x16", epochs=1, data=str(file), start=str(run))  # weights are welcome on new rows
+        assert train(on, tmp_path / "on", progress=False)["epochs_run"] == 1
+
     def test_the_target_may_be_missing_or_empty(self, table, tmp_path):
         run = open_run(table)
         bare = examples(run, str(write_csv(tmp_path / "bare.csv", [row[:2] for row in prices(5)], ("a", "b"))))

@@ -25,7 +25,7 @@ def load(name: str, root: Path | None = None, split: int = 0) -> Data:
     Args:
         name: ``digits``, ``mnist``, ``fashion-mnist``, ``cifar10``, ``notmnist``, ``uci:NAME`` or the path of a CSV
             file, whose last column is the target.
-        root: a folder to look in first.
+        root: a folder to look in first; for a CSV file that is no longer where it was, a folder with one of its name.
         split: of a UCI set, the standard split; of digits and of CSV files, the seed that chooses the test rows.
 
     Returns:
@@ -44,7 +44,9 @@ def load(name: str, root: Path | None = None, split: int = 0) -> Data:
     if isinstance(split, bool) or not isinstance(split, int) or split < 0:
         raise ValueError(f"vardrop.data: split must be a whole number from 0 on, got {split!r}")
     if name.lower().endswith(".csv"):
-        return table(Path(name).expanduser(), split)
+        path = Path(name).expanduser()
+        moved = None if root is None else root / path.name
+        return table(moved if moved is not None and moved.is_file() and not path.is_file() else path, split)
     if name.startswith("uci:"):
         return uci(name.removeprefix("uci:"), split, root)
     if name == "digits":

@@ -5,12 +5,45 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 TEST_SHARE = 0.2  # of the sets that come without a split of their own
+
+
+class Scaling(NamedTuple):
+    """How columns were given mean 0 and standard deviation 1; one that is constant becomes 0.
+
+    Attributes:
+        unit: float64 ``[features]``, by which a column is divided first: its squares cannot overflow then.
+        mean: float64 ``[features]``, in that unit.
+        std: float64 ``[features]``, in that unit, infinite for a constant column.
+    """
+
+    unit: np.ndarray
+    mean: np.ndarray
+    std: np.ndarray
+
+    @classmethod
+    def of(cls, rows: np.ndarray) -> Scaling:
+        """That of float64 rows ``[N, features]``."""
+        unit = np.abs(rows).max(axis=0, initial=0)
+        unit[unit == 0] = 1
+        rows = rows / unit
+        constant = rows.max(axis=0) == rows.min(axis=0)
+        return cls(unit, rows.mean(axis=0), np.where(constant, math.inf, rows.std(axis=0)))
+
+    def __call__(self, rows: np.ndarray) -> Tensor:
+        """Rows as the network wants them, float32."""
+        return as_tensor((rows / self.unit - self.mean) / self.std)
+
+    def told(self) -> dict[str, object]:
+        """What someone who has only the network does with a row, for JSON."""
+        std = [None if math.isinf(value) else value for value in (self.unit * self.std).tolist()]
+        return {"mean": (self.unit * self.mean).tolist(), "std": std, "is": "(x - mean) / std; 0 where std is null"}
 
 
 @dataclass(frozen=True)
@@ -27,6 +60,9 @@ class Data:
         classes: the names of the classes, empty for regression.
         images: whether x is ``[N, C, H, W]`` in [0, 1]; else it is ``[N, features]``, standardised by the training
             rows.
+        scaling: how a table was standardised.
+        columns: the header of a table that has one, the target last.
+        digest: SHA-256 of the file, if it is one that may change.
     """
 
     name: str
@@ -37,6 +73,9 @@ class Data:
     test_y: Tensor
     classes: tuple[str, ...] = ()
     images: bool = False
+    scaling: Scaling | None = None
+    columns: tuple[str, ...] = ()
+    digest: str = ""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -106,25 +145,6 @@ def partition(rows: int, seed: int, labels: np.ndarray | None = None) -> tuple[n
     chosen = np.zeros(rows, dtype=bool)
     chosen[np.concatenate(test)] = True
     return np.flatnonzero(~chosen), np.flatnonzero(chosen)
-
-
-def standardise(train: np.ndarray, test: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Mean 0 and standard deviation 1 in every column of the training rows; a column that is constant there becomes 0.
-
-    Args:
-        train: float64 ``[N, features]``.
-        test: rows that are moved and scaled by the numbers of ``train``.
-
-    Returns:
-        Both as float32.
-    """
-    scale = np.abs(train).max(axis=0, initial=0)  # first to [-1, 1], where squares cannot overflow
-    scale[scale == 0] = 1
-    train, test = train / scale, test / scale
-    constant = train.max(axis=0) == train.min(axis=0)
-    mean = train.mean(axis=0)
-    std = np.where(constant, math.inf, train.std(axis=0))
-    return as_tensor((train - mean) / std), as_tensor((test - mean) / std)
 
 
 def as_tensor(x: np.ndarray) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import math
 import re
@@ -13,7 +14,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from vardrop.data.dataset import Data, as_tensor, partition, standardise
+from vardrop.data.dataset import Data, Scaling, as_tensor, partition
 from vardrop.data.places import SOURCES, UCI_FILES, need, roots
 
 FEW = 20  # an integer target with more values than this is a quantity, not a class
@@ -47,9 +48,9 @@ def uci(name: str, split: int, root: Path | None) -> Data:
     train, test = (read_indices(folder / f"index_{half}_{split}.txt", len(rows)) for half in ("train", "test"))
     if np.intersect1d(train, test).size:
         raise ValueError(f"vardrop.data: split {split} of {folder} must have no row in both halves, got some")
-    train_x, test_x = standardise(rows[train][:, features], rows[test][:, features])
-    y = as_tensor(rows[:, target[0]])
-    return Data(f"UCI {name}", "regression", train_x, y[train], test_x, y[test])
+    scaling = Scaling.of(rows[train][:, features])
+    x, y = scaling(rows[:, features]), as_tensor(rows[:, target[0]])
+    return Data(f"UCI {name}", "regression", x[train], y[train], x[test], y[test], scaling=scaling)
 
 
 def table(path: Path, split: int) -> Data:
@@ -67,10 +68,7 @@ def table(path: Path, split: int) -> Data:
         FileNotFoundError: if there is no such file.
         ValueError: with line and column of what is not as it should be.
     """
-    lines = read_lines(path)
-    first = lines[0][1]
-    if all(as_number(cell) is None for cell in first) and any(first[:-1]):
-        lines = lines[1:]  # a header
+    header, lines = without_header(read_lines(path))
     if len(lines) < FEWEST_ROWS:
         raise ValueError(
             f"vardrop.data: {path} must have at least {FEWEST_ROWS} rows below its header, got {len(lines)}"
@@ -83,12 +81,15 @@ def table(path: Path, split: int) -> Data:
     )
     y, classes = as_target(path, [(line, cells[-1]) for line, cells in lines])
     train, test = partition(len(x), split, y if classes else None)
-    train_x, test_x = standardise(x[train], x[test])
-    target = torch.from_numpy(y) if classes else as_tensor(y)
-    if not torch.isfinite(target).all() or not torch.isfinite(test_x).all():
+    scaling = Scaling.of(x[train])
+    rows, target = scaling(x), torch.from_numpy(y) if classes else as_tensor(y)
+    if not torch.isfinite(target).all() or not torch.isfinite(rows).all():
         raise ValueError(f"vardrop.data: the numbers of {path} must fit float32, got some beyond 3e38")
     task = "classification" if classes else "regression"
-    return Data(path.stem, task, train_x, target[train], test_x, target[test], classes)
+    return Data(
+        path.stem, task, rows[train], target[train], rows[test], target[test], classes,
+        scaling=scaling, columns=header, digest=hashlib.sha256(path.read_bytes()).hexdigest(),
+    )  # fmt: skip
 
 
 def uci_folder(name: str, root: Path | None) -> Path:
@@ -160,6 +161,14 @@ def read_lines(path: Path) -> list[tuple[int, list[str]]]:
                 f"vardrop.data: every row of {path} must have {width} cells, got {len(cells)} in line {line}"
             )
     return rows
+
+
+def without_header(lines: list[tuple[int, list[str]]]) -> tuple[tuple[str, ...], list[tuple[int, list[str]]]]:
+    """The names of the columns, if the first row has no number, and the rows below."""
+    first = lines[0][1]
+    if all(as_number(cell) is None for cell in first) and any(first[:-1]):
+        return tuple(first), lines[1:]
+    return (), lines
 
 
 def as_number(cell: str) -> float | None:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from vardrop.data import Data, load, tables
-from vardrop.data.dataset import partition, standardise
 from vardrop.evaluation.runs import OpenRun
 
 SPLITS = ("test", "train")
@@ -140,9 +139,8 @@ def _file(run: OpenRun, path: Path) -> Examples:
             f"vardrop.evaluation: a run on images must be given images, got the table {path} for a run on "
             f"{run.data.name}; name a set of images"
         )
-    train_x, header = _training_rows(run)
+    (width,), header, scaling = run.data.shape, list(run.data.columns), run.data.scaling
     lines = tables.read_lines(path)
-    width = train_x.shape[1]
     names = lines[0][1]
     if all(tables.as_number(cell) is None for cell in names):
         lines = lines[1:]
@@ -161,7 +159,7 @@ def _file(run: OpenRun, path: Path) -> Examples:
         [tables.finite_number(path, line, column, cell) for column, cell in enumerate(cells[:width], 1)]
         for line, cells in lines
     ]
-    _, x = standardise(train_x, np.array(rows))
+    x = scaling(np.array(rows)) if scaling is not None else torch.tensor(rows)
     targets = [(line, cells[width]) for line, cells in lines] if len(names) > width else [(0, "")] * len(lines)
     return Examples(path.stem, x, _truths(run, path, targets))
 
@@ -187,22 +185,3 @@ def _truths(run: OpenRun, path: Path, cells: list[tuple[int, str]]) -> Tensor:
             )
         found.append(run.data.classes.index(name) if cell else NO_CLASS)
     return torch.tensor(found, dtype=torch.float32 if run.regression else torch.int64)
-
-
-def _training_rows(run: OpenRun) -> tuple[np.ndarray, list[str]]:
-    """The run's training rows as they stand in its file, and the file's header; they say how to standardise others."""
-    source, split = run.config.data, run.config.split
-    if source.startswith("uci:"):
-        folder = tables.uci_folder(source.removeprefix("uci:"), run.root)
-        rows = tables.read_numbers(folder / "data.txt", ndim=2)
-        features = tables.read_indices(folder / "index_features.txt", rows.shape[1])
-        train = tables.read_indices(folder / f"index_train_{split}.txt", len(rows))
-        return rows[train][:, features], []
-    path = Path(source).expanduser()
-    lines = tables.read_lines(path)
-    first = lines[0][1]
-    header = first if all(tables.as_number(cell) is None for cell in first) and any(first[:-1]) else []
-    lines = lines[1:] if header else lines
-    x = np.array([[float(cell) for cell in cells[:-1]] for _, cells in lines])
-    y, classes = tables.as_target(path, [(line, cells[-1]) for line, cells in lines])
-    return x[partition(len(x), split, y if classes else None)[0]], header

@@ -67,7 +67,7 @@ def open_run(path: Path, data_dir: Path | None = None, device: str = "cpu") -> O
 
     Raises:
         FileNotFoundError: if it is no run, it has not ended, or its data are not here.
-        ValueError: if a file in it is damaged, or this machine has no such device.
+        ValueError: if a file in it is damaged, its data have changed, or this machine has no such device.
 
     Example:
         >>> import tempfile

@@ -136,8 +136,11 @@ def export(
     opened = open_run(run, data_dir)
     written = write(opened, form, place(opened, form, out, compact), compact)
     _print(_exported(written, form))
+    where = f"in {written.also.name}" if written.also else "in the file's metadata, under vardrop"
+    if opened.data.scaling is not None:
+        _print(f"Its inputs are columns that were standardised, (x - mean) / std: the numbers are {where}.")
     if opened.regression:
-        _print("Its outputs are standardised: the target is mean + std * output, with the numbers in the run's model.")
+        _print(f"Its outputs are standardised: the target is mean + std * output, with the numbers {where}.")
     if not written.zeros:
         _print("The run has no weight that is zero: `vardrop prune` removes some, if it was trained with sparse-vd.")
     _print(f"written: {written.path}" + (f", architecture: {written.also}" if written.also else ""))

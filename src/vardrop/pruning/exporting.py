@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,7 +111,7 @@ def export(run: OpenRun, form: str, path: Path, small: bool) -> Exported:
     try:
         if form == "onnx":
             x32 = x.float()  # of double precision onnxruntime has no convolutions
-            export_onnx(network.float(), x32[:2], draft)
+            export_onnx(network.float(), x32[:2], draft, {"vardrop": json.dumps(about(run))})
             outputs = _by_onnxruntime(draft, x32)
         else:
             write_network(network, draft, form, about(run))

@@ -29,11 +29,14 @@ from vardrop.training.task import Gaussian
 
 def about(run: OpenRun) -> dict[str, Any]:
     """What someone who has only the network needs to know of its inputs and outputs."""
-    found: dict[str, Any] = {"input": list(run.data.shape), "data": run.data.name, "model": run.config.model}
+    data = run.data
+    found: dict[str, Any] = {"input": list(data.shape), "data": data.name, "model": run.config.model}
+    if data.scaling is not None:
+        found["inputs"] = {"columns": list(data.columns[:-1]), **data.scaling.told()}
     if isinstance(run.task.likelihood, Gaussian):
         mean, std = float(run.task.likelihood.mean), float(run.task.likelihood.std)
         return found | {"target": {"mean": mean, "std": std, "is": "mean + std * output"}}
-    return found | {"classes": list(run.data.classes)}
+    return found | {"classes": list(data.classes)}
 
 
 def write_run(run: OpenRun, pruned: Pruned, folder: Path) -> None:
@@ -49,7 +52,7 @@ def write_run(run: OpenRun, pruned: Pruned, folder: Path) -> None:
     (folder / CONFIG).write_text(run.config.to_json(), encoding="utf-8")
     if (run.path / METRICS).is_file():
         shutil.copyfile(run.path / METRICS, folder / METRICS)
-    write_tensors(folder / MODEL, strip(task.state_dict()), {"config": config})
+    write_tensors(folder / MODEL, strip(task.state_dict()), {"config": config, "digest": run.data.digest})
     telling = telling_examples(
         task, run.data.test_x.to(kind), run.data.test_y, run.data.images, seed=run.config.seed
     )  # fmt: skip

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,12 @@ def load_sparse(path: str | os.PathLike[str], model: nn.Module) -> None:
             state[name].copy_(value)
 
 
-def export_onnx(model: nn.Module, example_input: Tensor | Sequence[Any], path: str | os.PathLike[str]) -> None:
+def export_onnx(
+    model: nn.Module,
+    example_input: Tensor | Sequence[Any],
+    path: str | os.PathLike[str],
+    about: Mapping[str, str] | None = None,
+) -> None:
     """Write a model to ONNX, in evaluation, for batches of any size.
 
     Args:
@@ -112,6 +117,7 @@ def export_onnx(model: nn.Module, example_input: Tensor | Sequence[Any], path: s
         example_input: a tensor, or all positional arguments in a tuple; the first axis of each is the batch, of at
             least two examples.
         path: of the file.
+        about: what to keep in the metadata of the file, such as the names of the classes.
 
     Raises:
         ModuleNotFoundError: without onnx and onnxscript (``pip install 'vardrop[export]'``).
@@ -126,4 +132,5 @@ def export_onnx(model: nn.Module, example_input: Tensor | Sequence[Any], path: s
         warnings.filterwarnings("ignore", ".*treespec", FutureWarning)  # torch's exporter about torch's trees
         program = torch.onnx.export(plain, inputs, dynamo=True, dynamic_shapes=shapes, verbose=False)
     assert program is not None  # noqa: S101 - of dynamo=True
+    program.model.metadata_props.update(about or {})
     program.save(str(path))

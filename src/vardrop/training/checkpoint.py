@@ -18,7 +18,7 @@ from torch import Tensor
 from vardrop.training.averaging import Averages
 from vardrop.training.config import Config
 from vardrop.training.devices import gather, on_first, seed_noise
-from vardrop.training.files import read_tensors, write_tensors
+from vardrop.training.files import check_same, read_tensors, write_tensors
 from vardrop.training.sharding import assign_, whole
 from vardrop.training.task import Task
 
@@ -56,6 +56,7 @@ class State:
     best: list[Tensor]
     order: torch.Generator
     progress: Progress
+    digest: str = ""  # of the data
 
     def _by_name(self, tensors: list[Tensor]) -> dict[str, Tensor]:
         return dict(zip((name for name, _ in self.task.named_parameters()), tensors, strict=True))
@@ -98,6 +99,7 @@ def save_checkpoint(path: Path, state: State, config: Config, fabric: Fabric) ->
         "format": FORMAT,
         "config": dataclasses.asdict(config),
         "progress": dataclasses.asdict(state.progress),
+        "digest": state.digest,
         "precision": fabric.strategy.precision.state_dict(),
         "processes": fabric.world_size,
     }
@@ -132,9 +134,10 @@ def load_checkpoint(path: Path, state: State, config: Config, fabric: Fabric) ->
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: for whatever :func:`read_checkpoint` refuses or other shapes.
+        ValueError: for whatever :func:`read_checkpoint` refuses, other data or other shapes.
     """
     tensors, about = read_checkpoint(path, config)
+    check_same(config.data, state.digest, about, path)
     state.optimizer.state.clear()
     for name, parameter in state.task.named_parameters():
         prefix = f"optimizer.{name}."

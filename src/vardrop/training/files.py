@@ -108,3 +108,24 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if metadata.pop("crc32") != str(_checksum(tensors)):
         raise ValueError(f"vardrop.training: {path} is damaged, its checksum is wrong; remove it to start again")
     return tensors, {key: json.loads(value) for key, value in metadata.items()}
+
+
+def check_same(source: str, digest: str, about: Mapping[str, Any], path: Path) -> None:
+    """Refuse data that are not those of a file's training: another split, other scales, other test rows.
+
+    Args:
+        source: the data's name, for those who read the message.
+        digest: of the data as they are now.
+        about: what the file of tensors says of itself; one that says nothing passes.
+        path: of the file of tensors.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    noted = about.get("digest", digest)
+    if noted != digest:
+        raise ValueError(
+            f"vardrop.training: {source} must be the file that {path} was trained on, got another (SHA-256 "
+            f"{digest[:12]}… instead of {noted[:12]}…): its rows would be split and scaled in another way; put the old "
+            "file back, or train again on the new one (with --start to begin with these weights)"
+        )

@@ -138,7 +138,7 @@ class _Run:
         averages = Averages(self.task.parameters(), config.average)
         best = [value.clone() for value in averages.values]
         order = torch.Generator().manual_seed(config.seed)
-        self.state = State(self.task, adam, averages, best, order, Progress())
+        self.state = State(self.task, adam, averages, best, order, Progress(), data.digest)
 
         left = len(self.x) % config.batch_size  # a last batch that has no row for some process is left out
         self.rows = len(self.x) - (left if left < fabric.world_size else 0)
@@ -291,7 +291,7 @@ class _Run:
 
     def _test(self, best: dict[str, Tensor]) -> dict[str, Any]:
         config, data, progress, device = self.config, self.data, self.state.progress, self.fabric.device
-        write_tensors(self.out / MODEL, best, {"config": dataclasses.asdict(config)})
+        write_tensors(self.out / MODEL, best, {"config": dataclasses.asdict(config), "digest": data.digest})
         task = load_task(self.out, data).to(device)
         test_x, test_y = data.test_x.to(device, self.x.dtype), data.test_y.to(device)
         scores = evaluate(task, task, test_x, test_y)

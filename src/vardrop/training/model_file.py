@@ -11,7 +11,7 @@ from vardrop.convert import restore_
 from vardrop.data import Data, load
 from vardrop.methods import prepare
 from vardrop.training.config import Config
-from vardrop.training.files import read_tensors
+from vardrop.training.files import check_same, read_tensors
 from vardrop.training.folder import MODEL
 from vardrop.training.task import NETWORK, Categorical, Gaussian, Task
 from vardrop.weights.modules import noisy_weights
@@ -27,17 +27,19 @@ def load_task(run: Path, data: Data | None = None) -> Task:
 
     Args:
         run: a folder that :func:`vardrop.training.train` wrote.
-        data: the run's data, if they are loaded already: their shapes make the network.
+        data: the run's data, if they are loaded already, as they were in training: their shapes make the network.
 
     Raises:
         FileNotFoundError: if there is no model, or its data set is not here.
-        ValueError: if the file is damaged or does not fit.
+        ValueError: if the file is damaged or does not fit, or the data have changed.
     """
     path = Path(run) / MODEL
     tensors, about = read_tensors(path)
     if "config" not in about:
         raise ValueError(f"vardrop.training: {path} must be the model of a run, got a file without its config")
     config = Config.from_dict(about["config"])
+    if data is not None:
+        check_same(config.data, data.digest, about, path)
     data = data or load(config.data, Path(config.data_dir) if config.data_dir else None, config.split)
     with torch.random.fork_rng(devices=[]):  # of initial weights that are replaced at once
         network, _, _ = prepare(config.method, config.model, data.shape, data.outputs, config.sharing)
