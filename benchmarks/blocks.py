@@ -181,18 +181,18 @@ def _rate(function: Callable[[Tensor], Tensor], size: tuple[int, int], units: in
 def rates_table(p: float = 0.1, units: int = 4_000_000) -> str:
     """Realised rates of DropBlock on maps of several sizes, as Markdown; channels are independent."""
     timm, ops = _timm(), importlib.import_module("torchvision.ops")
-    lines = ["| map | block | vardrop | vardrop, valid seeds | timm | torchvision |", "|---|---|---|---|---|---|"]
-    sizes = [(56, 56), (28, 28), (14, 14), (14, 7), (7, 7), (4, 4), (3, 9), (1, 1)]
-    for size in sizes:
-        for b in (3, 4, 7):
-            functions: list[Callable[[Tensor], Tensor]] = [
-                partial(drop_block, rate=p, block_size=b),
-                partial(drop_block, rate=p, block_size=b, seeds="valid"),
-                partial(timm.drop_block_2d, drop_prob=p, block_size=b, couple_channels=False),
-                partial(ops.drop_block2d, p=p, block_size=b),
-            ]
-            cells = [f"{size[0]} × {size[1]}", str(b), *(_rate(function, size, units) for function in functions)]
-            lines.append(f"| {' | '.join(cells)} |")
+    functions: dict[str, Callable[..., Tensor]] = {
+        "vardrop": partial(drop_block, rate=p),
+        "vardrop, valid seeds": partial(drop_block, rate=p, seeds="valid"),
+        "timm": partial(timm.drop_block_2d, drop_prob=p, couple_channels=False),
+        "torchvision": partial(ops.drop_block2d, p=p),
+    }
+    blocks = range(1, 10)
+    lines = [f"| | map | {' | '.join(f'b = {b}' for b in blocks)} |", "|---|---|" + "---|" * len(blocks)]
+    for name, function in functions.items():
+        for height, width in [(56, 56), (28, 28), (14, 14), (14, 7), (7, 7), (4, 4), (3, 9), (1, 1)]:
+            rates = [_rate(partial(function, block_size=b), (height, width), units) for b in blocks]
+            lines.append(f"| {name} | {height} × {width} | {' | '.join(rates)} |")
     return "\n".join(lines)
 
 
