@@ -165,6 +165,14 @@ def test_killed_while_writing_leaves_no_half_result_and_resumes(counter, tmp_pat
     assert counter.ran == [1, 2]
 
 
+def test_a_file_where_the_results_should_go(counter, tmp_path):
+    (tmp_path / "results").write_text("mine")
+    failed = call("run", "count", "--scale", "smoke", "--results", tmp_path / "results")
+    assert failed.exit_code == 2
+    assert "which cannot be written (Not a directory)" in failed.output
+    assert (tmp_path / "results").read_text() == "mine"
+
+
 def test_a_full_disk_is_one_error_and_loses_nothing(counter, tmp_path, monkeypatch):
     cell = EXPERIMENTS["count"].at("smoke")[0]
     results.write(run.compute(EXPERIMENTS["count"], cell), cell.path(tmp_path))
@@ -183,6 +191,7 @@ def test_a_full_disk_is_one_error_and_loses_nothing(counter, tmp_path, monkeypat
     )
     assert "Traceback" not in failed.output
     assert cell.path(tmp_path).read_text() == before
+
     assert [path.name for path in cell.path(tmp_path).parent.iterdir()] == [cell.path(tmp_path).name]
 
 

@@ -255,5 +255,9 @@ def test_bad_input() -> None:
         vd.select(u, wrong).apply(prediction)
     with pytest.raises(TypeError, match=r"integer labels belong to a prediction of classes, float targets to one of"):
         vd.select(prediction, torch.rand(3))
+    with pytest.raises(
+        ValueError, match="labels must be class indices from 0 to 1, got -100 to 1; leave out unlabelled"
+    ):
+        vd.select(prediction, torch.tensor([0, 1, -100]))
     with pytest.raises(ValueError, match=r"the truth must have the shape of what is predicted, \(3,\), got \(2,\)"):
         vd.select(prediction, torch.tensor([0, 1]))

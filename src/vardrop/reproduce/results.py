@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -69,7 +70,8 @@ def write(result: Result, path: Path) -> None:
             "free some space or choose another place with --results, and run again: finished cells are kept"
         ) from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
 
 
 def read(path: Path) -> Result:

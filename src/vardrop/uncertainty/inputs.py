@@ -64,6 +64,8 @@ def losses(prediction: Any, truth: Tensor) -> Tensor:
             f"{tuple(truth.shape)}; give one for every example"
         )
     truth = truth.reshape(said.shape)
+    if has_classes(prediction):
+        _in_range(truth, prediction.probabilities.shape[prediction.class_dim])
     return _one_each((said != truth).float() if has_classes(prediction) else exact(said - truth).square())
 
 
@@ -127,9 +129,13 @@ def checked_labels(labels: Tensor, cases: int, classes: int) -> Tensor:
             f"vardrop.uncertainty: labels must be {cases} integers, one a case, got {tuple(labels.shape)} of "
             f"{labels.dtype}; give class indices"
         )
-    if int(labels.min()) < 0 or int(labels.max()) >= classes:
+    _in_range(labels, classes)
+    return labels.detach().long()
+
+
+def _in_range(labels: Tensor, classes: int) -> None:
+    if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) >= classes):
         raise ValueError(
             f"vardrop.uncertainty: labels must be class indices from 0 to {classes - 1}, got {int(labels.min())} to "
             f"{int(labels.max())}; leave out unlabelled cases"
         )
-    return labels.detach().long()
