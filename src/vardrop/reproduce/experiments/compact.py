@@ -40,7 +40,7 @@ SHARES = {  # of the divergence: tried on validation images
     "LeNet-300-100": (0.3, 1.0), "LeNet-5": (0.1, 0.2), "ResNet": (1.0, 2.0), "transformer": (0.3, 0.6),
 }  # fmt: skip
 BATCHES = (1, 256)
-ENGINES = {"torch": "", "onnxruntime": "onnx_"}  # and what stands in front of the size of the batch in a column
+ENGINES = ("torch", "onnxruntime")
 
 SIZES: dict[str, dict[str, tuple[int, ...]]] = {
     "smoke": {"LeNet-300-100": (30, 10), "LeNet-5": (4, 6, 20), "ResNet": (1, 4), "transformer": (2, 8, 1, 2, 16)},
@@ -154,36 +154,42 @@ def summarise(results: list[Result]) -> list[Row]:
     """Of every network and seed the share that validation images choose; means of these; the network that is worst."""
     rows = [row for result in results for row in result.rows]
     chosen: list[Row] = []
+    timed: list[Row] = []
     for network, seed in dict.fromkeys((row["network"], row["seed"]) for row in rows):
         of_network = [r for r in rows if (r["network"], r["seed"]) == (network, seed)]
         best = _choice([r for r in of_network if r["table"] == "networks"])
-        row = {key: value for key, value in best.items() if key != "table"}
-        row["error_increase"] = best["test_error_compact"] - best["test_error_plain"]
-        for each in of_network:
-            if each["table"] == "times" and each["kl_scale"] == best["kl_scale"]:
-                at = f"{ENGINES[each['engine']]}{each['batch']}"
-                row |= {f"{name}_{at}": each[name] for name in ("ms_dense", "ms_compact", "time_ratio")}
-                row[f"over_work_{at}"] = each["time_ratio"] / each["work_ratio"]
-        chosen.append({"table": "chosen", **row})
-    means: list[Row] = []
-    for network in dict.fromkeys(row["network"] for row in chosen):
-        group = [row for row in chosen if row["network"] == network]
-        mean: Row = {"table": "means", "network": network, "seeds": len(group)}
-        for column in MEANS:
+        more = best["test_error_compact"] - best["test_error_plain"]
+        chosen.append({**best, "table": "chosen", "error_increase": more})
+        its = [r for r in of_network if r["table"] == "times" and r["kl_scale"] == best["kl_scale"]]
+        timed += [{**row, "over_work": row["time_ratio"] / row["work_ratio"]} for row in its]
+    means = _means("means", chosen, ("network",), SIZES_AND_ERRORS)
+    inference = _means("inference", timed, ("network", "engine", "batch"), TIMES)
+    worst: Row = {"table": "worst", "networks": len(means)}
+    for engine, batch in dict.fromkeys((row["engine"], row["batch"]) for row in inference):
+        at = [row["over_work"] for row in inference if (row["engine"], row["batch"]) == (engine, batch)]
+        worst[f"over_work_{engine}_{batch}"] = max(at)
+    worst |= {column: max(row[column] for row in means) for column in ("error_increase", "work_ratio")}
+    return [*chosen, *means, *inference, worst]
+
+
+SIZES_AND_ERRORS = ("parameters_left", "work_ratio", "test_error_plain", "test_error_compact", "error_increase")
+TIMES = ("ms_dense", "ms_compact", "work_ratio", "time_ratio", "over_work")
+
+
+def _means(table: str, rows: list[Row], by: tuple[str, ...], columns: tuple[str, ...]) -> list[Row]:
+    """Over seeds, with the standard deviation between them."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in by), []).append(row)
+    made: list[Row] = []
+    for key, group in groups.items():
+        mean: Row = {"table": table, **dict(zip(by, key, strict=True)), "seeds": len(group)}
+        for column in columns:
             mean[column] = statistics.fmean(row[column] for row in group)
             if len(group) > 1:
                 mean[f"{column}_sd"] = statistics.stdev(row[column] for row in group)
-        means.append(mean)
-    columns = ("over_work_256", "over_work_onnx_1", "over_work_onnx_256", "error_increase", "work_ratio")
-    worst = {column: max(row[column] for row in means) for column in columns}
-    return [*chosen, *means, {"table": "worst", "networks": len(means), **worst}]
-
-
-_TIMED = ("ms_dense", "ms_compact", "time_ratio", "over_work")
-MEANS = (
-    "parameters_left", "work_ratio", "test_error_plain", "test_error_compact", "error_increase",
-    *(f"{column}_{engine}{batch}" for engine in ENGINES.values() for batch in BATCHES for column in _TIMED),
-)  # fmt: skip
+        made.append(mean)
+    return made
 
 
 def _choice(rows: list[Row]) -> Row:
