@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import re
 import warnings
 from collections.abc import Callable
 
@@ -702,6 +703,22 @@ def test_a_start_that_the_bound_cuts_is_said() -> None:
     assert report(0.5, A).notes == []
     assert report(0.8, vd.VariationalDropout(max_alpha=math.inf)).notes == []
     assert report(0.8, vd.VariationalDropout(rate=0.3)).notes == []  # it was asked to start there
+
+
+def test_noise_that_half_precision_keeps_still_is_said() -> None:
+    layer = nn.Linear(4, 2).bfloat16()
+    report = vd.convert_(layer, vd.SparseVariationalDropout())
+    words = "is of torch.bfloat16, which rounds steps below 0.031 away where it starts: .* run it under torch.autocast"
+    assert re.search(words, str(report))
+    noise = report.new_parameters[0]
+    before = noise.detach().clone()
+    for lr, moves in ((0.01, False), (0.04, True)):  # Adam's steps are as long as its learning rate
+        adam = torch.optim.Adam([noise], lr=lr)
+        for _ in range(20):
+            noise.grad = torch.ones_like(noise)
+            adam.step()
+        assert torch.equal(noise, before) != moves
+    assert vd.convert_(nn.Linear(4, 2), vd.SparseVariationalDropout()).notes == []
 
 
 # --- what else assigns weights ------------------------------------------------------------------------------------

@@ -257,6 +257,10 @@ def test_a_model_never_trained_sparse_is_told_so() -> None:
     with torch.no_grad():
         next(iter(noisy_weights(small))).noise[0, 0] += 1
     assert "never trained" not in str(vd.sparsify_(small))
+    halved = mlp().bfloat16()
+    vd.convert_(halved, vd.SparseVariationalDropout())
+    words = "train with vd.ELBO first (in half precision, where steps below 0.031 are rounded away, keep it in float32)"
+    assert words in str(vd.sparsify_(halved, target_sparsity=0.1))
 
 
 def test_more_than_the_noise_has_taken_over_is_said() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from vardrop.dropouts_before import dropouts_before, in_wrappers, is_off, rate_of, switch_off, switch_on, why_kept
+from vardrop.half import HALVES, lost_step
 from vardrop.weights.modules import (
     Noise,
     RandomWeights,
@@ -158,6 +159,13 @@ def convert_(model: nn.Module, config: Posterior, where: Where = None, replace_d
                     f"{names[module][0]} starts at the rate {most:.3g} and not at the {p:g} of {names[dropout][0]}: "
                     "max_alpha of the posterior bounds it; max_alpha=math.inf does not"
                 )
+    lost = max((lost_step(p) for p in report.new_parameters if p.dtype in HALVES and p.numel()), default=0.0)
+    if lost:
+        kind = next(p.dtype for p in report.new_parameters if p.dtype in HALVES)
+        report.notes.append(
+            f"the noise is of {kind}, which rounds steps below {lost:.2g} away where it starts: smaller ones of an "
+            "optimiser teach it nothing; keep the model in float32 and run it under torch.autocast"
+        )
     return report
 
 

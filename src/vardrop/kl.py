@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vardrop.half import HALVES
 from vardrop.projection import bounded, keep_inward, outward
 from vardrop.second_order import graph_wanted
 
@@ -215,7 +216,7 @@ def log_uniform(
     if reduction not in ("none", "sum"):
         raise ValueError(f"vardrop.kl.log_uniform: reduction must be 'none' or 'sum', got {reduction!r}")
     if form == "exact":
-        wide = log_alpha.float() if log_alpha.dtype in (torch.float16, torch.bfloat16) else log_alpha
+        wide = log_alpha.float() if log_alpha.dtype in HALVES else log_alpha
         return _LogUniform.apply(wide, max_log_alpha, reduction == "sum")[0].to(log_alpha.dtype)
     if form not in _APPROXIMATIONS:
         raise ValueError(f"vardrop.kl.log_uniform: form must be 'exact', 'cubic' or 'sigmoid', got {form!r}")

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vardrop.half import HALVES
 from vardrop.sparsity.rebuild import Select
 from vardrop.sparsity.stream import Norm
 
 _SMALL = 1e-6
-_HALVES = (torch.float16, torch.bfloat16)
 
 
 class CompactLayerNorm(nn.Module):
@@ -50,7 +50,7 @@ class CompactLayerNorm(nn.Module):
         self.to(next(norm.parameters(), gone))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float() if x.dtype in _HALVES else x
+        wide = x.float() if x.dtype in HALVES else x
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
         y, mean, scale = self._centred(wide, eps) if self.centred else self._root_mean_square(wide, eps)
         if self.inserted is not None:
@@ -132,7 +132,7 @@ class CompactGroupNorm(nn.Module):
         self.to(next(norm.parameters(), gone))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float() if x.dtype in _HALVES else x
+        wide = x.float() if x.dtype in HALVES else x
         positions = wide.flatten(2) if x.ndim > 2 else wide.unsqueeze(-1)
         _, own, scales = torch.native_layer_norm(positions, positions.shape[2:], None, None, _SMALL)
         within = (scales.square().reciprocal() - _SMALL).squeeze(-1)  # torch.var_mean is 50 times as slow

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from vardrop.half import HALVES, lost_step
 from vardrop.sparsity.ranking import Groups, Order, groups_of
 from vardrop.sparsity.search import Search, SparsityPoint, Validation, remove
 from vardrop.weights.modules import RandomWeights
@@ -210,9 +211,11 @@ def _untrained(groups: list[Groups]) -> list[str]:
         if values[-1] >= getattr(config, "bound", math.inf):
             return []
     told = ", ".join(f"{value:.3g}" for value in dict.fromkeys(values))
+    lost = max((lost_step(n) for each in groups if (n := each.weight.noise).dtype in HALVES), default=0.0)
+    half = f" (in half precision, where steps below {lost:.2g} are rounded away, keep it in float32)" if lost else ""
     return [
         f"the noise was never trained: it has one value everywhere ({told}), so log alpha only says which weights are "
-        "small; train with vd.ELBO first"
+        f"small; train with vd.ELBO first{half}"
     ]
 
 

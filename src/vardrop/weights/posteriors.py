@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vardrop import kl
+from vardrop.half import HALVES
 from vardrop.projection import bounded
 from vardrop.weights.geometry import Geometry
 from vardrop.weights.random_weight import RandomWeight
@@ -30,7 +31,7 @@ def wide(x: Tensor) -> Tensor:
 
 def summable(x: Tensor) -> Tensor:
     """A sum over a layer's weights wants more digits than the half types have."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return x.float() if x.dtype in HALVES else x
 
 
 def require(condition: bool, config: Any, words: str, given: Any) -> None:
