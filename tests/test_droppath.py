@@ -585,9 +585,11 @@ def test_the_benchmark_measures_what_it_says() -> None:
     }
     assert all(row.ratio is not None for row in rows)
     table = blocks.rates_table(units=500).splitlines()
-    assert len(table) == 2 + 8 * 3
-    assert table[3].startswith("| 56 × 56 | 4 |")
-    assert table[3].endswith("| error |")
+    assert len(table) == 2 + 4 * 8
+    assert table[2].startswith("| vardrop | 56 × 56 |")
+    assert table[2].count("|") == 2 + 1 + 9
+    assert table[-8].startswith("| torchvision | 56 × 56 |")
+    assert table[-8].count("error") == 4  # of even blocks
 
 
 # ------------------------------------------------------------------------------------------------------- LayerDrop
