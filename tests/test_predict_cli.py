@@ -162,6 +162,8 @@ class TestExamples:
         with pytest.raises(FileNotFoundError, match="there must be a file"):
             open_run(run)
         assert open_run(run, elsewhere).data.columns == ("a", "b", "y")  # the same file in another place will do
+        status, _, said = vardrop_("predict", run, "--data-dir", elsewhere, "--out", elsewhere / file.name)
+        assert (status, "--out must not be a table that is read" in " ".join(said.split())) == (2, True)
         write_csv(file, [*prices(), ["1", "2", "3"]])
         words = r"prices.csv must be the file that .* was trained on, got another \(SHA-256 .*; put the old file back"
         with pytest.raises(ValueError, match=words):

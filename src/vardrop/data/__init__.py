@@ -9,7 +9,7 @@ from vardrop.data.dataset import Data, split_validation
 from vardrop.data.images import cifar10, digits, mnist_like
 from vardrop.data.listing import Found, listing
 from vardrop.data.places import SOURCES, download
-from vardrop.data.tables import table, uci
+from vardrop.data.tables import csv_path, table, uci
 
 __all__ = ["Data", "Found", "download", "listing", "load", "split_validation"]
 
@@ -44,9 +44,7 @@ def load(name: str, root: Path | None = None, split: int = 0) -> Data:
     if isinstance(split, bool) or not isinstance(split, int) or split < 0:
         raise ValueError(f"vardrop.data: split must be a whole number from 0 on, got {split!r}")
     if name.lower().endswith(".csv"):
-        path = Path(name).expanduser()
-        moved = None if root is None else root / path.name
-        return table(moved if moved is not None and moved.is_file() and not path.is_file() else path, split)
+        return table(csv_path(name, root), split)
     if name.startswith("uci:"):
         return uci(name.removeprefix("uci:"), split, root)
     if name == "digits":

@@ -92,6 +92,13 @@ def table(path: Path, split: int) -> Data:
     )  # fmt: skip
 
 
+def csv_path(name: str, root: Path | None) -> Path:
+    """Where a CSV file is: at its name, or in a folder under the last part of it, if it has moved there."""
+    path = Path(name).expanduser()
+    moved = None if root is None else root / path.name
+    return moved if moved is not None and moved.is_file() and not path.is_file() else path
+
+
 def uci_folder(name: str, root: Path | None) -> Path:
     """The folder of one of the UCI sets."""
     key = f"uci:{name}"

@@ -78,6 +78,7 @@ def predict(
     variation_ratio. Of numbers: mean, std of the passes, total_std with the noise of the data, and lower and upper,
     between which 95 % of the targets should be.
     """
+    from vardrop.data.tables import csv_path
     from vardrop.evaluation.examples import examples
     from vardrop.evaluation.output import make_ready, write_table, writer_of
     from vardrop.evaluation.predict import fitted_temperature
@@ -91,8 +92,9 @@ def predict(
         writer_of(out)
         make_ready(out.parent)
     opened = open_run(run, data_dir, device)
-    tables = [Path(name) for name in (data, opened.config.data) if name and name.lower().endswith(".csv")]
-    if out is not None and out.resolve() in {table.expanduser().resolve() for table in tables}:
+    places = ((data, None), (opened.config.data, opened.root))
+    tables = [csv_path(name, root) for name, root in places if name and name.lower().endswith(".csv")]
+    if out is not None and out.resolve() in {table.resolve() for table in tables}:
         raise ValueError(f"vardrop.predict: --out must not be a table that is read, got {out}; choose another name")
     wanted = examples(opened, data, split).first(limit)
     if calibrate:
