@@ -13,6 +13,7 @@ import torch
 from benchmarks import blocks, compact, divergence, layers, memory, peers, prediction, table, training_step
 from benchmarks.timing import Row
 from benchmarks.variants import HARDEST, OURS, PER_EXAMPLE
+from vardrop import products
 
 
 class Plan(NamedTuple):
@@ -69,6 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--rounds", type=_positive, metavar="N", help="rounds of every benchmark (their own by default)"
     )
+    parser.add_argument(
+        "--mkl", action="store_true", help="our matrix products by MKL, as those of the reference, and not by oneDNN"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the figures as JSON")
     return parser
 
@@ -124,11 +128,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.out is not None and (options.out.is_dir() or not options.out.parent.is_dir()):
         parser.error(f"--out must name a file in a folder that exists, got {options.out}")
     torch.manual_seed(0)
+    if options.mkl:
+        products._WORTH = sys.maxsize
     rows = _run(options, lambda text: print(text, file=sys.stderr, flush=True))
     if not rows:
         parser.error(f"no variant of these benchmarks has {options.variant!r} in its name; leave out --variant for all")
     threads = torch.get_num_threads()
-    table.show(rows, f"{table.device_name()}, {threads} threads, torch {torch.__version__}: ratios to plain layers")
+    kernel = ", products by MKL" if options.mkl else ""
+    setting = f"{table.device_name()}, {threads} threads, torch {torch.__version__}{kernel}"
+    table.show(rows, f"{setting}: ratios to plain layers")
     if options.out is not None:
         try:
             table.write(rows, options.out)

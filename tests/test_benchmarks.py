@@ -286,7 +286,7 @@ def test_help_names_every_benchmark_and_option(capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit, match="0"):
         command.main(["--help"])
     words = capsys.readouterr().out
-    for name in (*command.PLANS, "--quick", "--only", "--variant", "--rounds", "--out"):
+    for name in (*command.PLANS, "--quick", "--only", "--variant", "--rounds", "--mkl", "--out"):
         assert name in words
 
 

@@ -12,7 +12,7 @@ from torch.func import vmap
 
 from contract import assert_mean
 from vardrop import functional as F
-from vardrop.functional import drop
+from vardrop.functional import _at_least, drop
 
 RATES = [0.001, 0.1, 1 / 3, 0.5, 0.9]
 NOISES = ["bernoulli", "gaussian"]
@@ -50,14 +50,24 @@ def test_the_realised_rate(p: float) -> None:
         assert ((y == 0) | (y == kept)).all()
 
 
-def test_every_level_of_the_sixteen_bits() -> None:
-    """The comparison by clamping is >=: all 2^16 values of a draw, and all their words, at the ends and between."""
-    bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
-    for number in (1, 2, 77, 32767, 32768, 32769, 65534, 65535):
-        lowest = number - (1 << 15)
-        kept = bits.clamp(lowest - 1, lowest).sub_(lowest - 1).to(torch.uint8)
-        assert torch.equal(kept.bool(), bits >= lowest)
-        assert int(kept.sum()) == 2**16 - number
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int8], ids=str)
+def test_every_level_of_the_bits(dtype: torch.dtype) -> None:
+    """The comparison by clamping is >=: all values of a draw, at the ends of the rates and between."""
+    half = 1 << (8 * dtype.itemsize - 1)
+    bits = torch.arange(-half, half, dtype=torch.int32).to(dtype)
+    for number in (1, 2, 77, half - 1, half, half + 1, 2 * half - 2, 2 * half - 1):
+        kept = _at_least(bits, number - half)
+        assert torch.equal(kept, (bits >= number - half).to(dtype))
+        assert int(kept.sum()) == 2 * half - number
+
+
+@pytest.mark.parametrize(("p", "units"), [(0.5, 8), (0.25, 8), (255 / 256, 8), (0.2, 4), (1 / 512, 4)])
+def test_rates_of_eight_bits_take_half_the_draws(p: float, units: int) -> None:
+    """Seen by the generator: as many draws of words leave it in the same state."""
+    one, other = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
+    drop(torch.ones(1001), p, generator=one)
+    torch.randint(-(1 << 63), (1 << 63) - 1, (-(-1001 // units),), generator=other)
+    assert torch.equal(one.get_state(), other.get_state())
 
 
 @pytest.mark.parametrize("p", [1e-9, 1e-6, 1 - 1e-9])

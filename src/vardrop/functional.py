@@ -15,6 +15,7 @@ from torch import Tensor
 __all__ = ["concrete", "drop", "drop_types", "gaussian", "moments_linear", "moments_relu"]
 
 _LEVELS = 1 << 16  # rates are multiples of 2^-16: sixteen random bits for every draw, four draws in an int64
+_FEW = 1 << 8  # and of 2^-8, such as 1/2: eight bits
 
 
 def drop(
@@ -29,8 +30,9 @@ def drop(
     .. math:: y = x \circ \varepsilon, \quad E[\varepsilon] = 1, \quad Var[\varepsilon] = \alpha = \frac{p}{1-p}
 
     ``"bernoulli"``: ε is 0 with probability p and else 1 / (1 − p) (Srivastava et al. 2014, inverted). p is rounded to
-    the nearest multiple of 2⁻¹⁶ that is neither 0 nor 1, which sixteen random bits can have exactly, and the scale is
-    that of the rounded rate: the mean is x without bias. For p = 1 there is no such scale, and y = 0.
+    the nearest multiple of 2⁻¹⁶ that is neither 0 nor 1, which sixteen random bits can have exactly (eight for 1/2 or
+    1/4), and the scale is that of the rounded rate: the mean is x without bias. For p = 1 there is no such scale, and
+    y = 0.
 
     ``"gaussian"``: ε ~ N(1, α) (section 10 of the same paper), for p < 1.
 
@@ -87,7 +89,8 @@ def drop(
     if noise == "gaussian":
         return _jitter(x, (rate / (1 - rate)) ** 0.5, sizes, generator)
     kept, scale = _bernoulli(sizes, rate, x, generator)
-    return x * kept * scale
+    y = x * kept
+    return y.mul_(scale) if isinstance(scale, float) else y * scale
 
 
 def gaussian(
@@ -290,19 +293,34 @@ def _bernoulli(
 
     Ones are bytes: all that autograd keeps for the backward pass.
     """
-    order = _order(x)
-    stored = [sizes[axis] for axis in order]
-    count = math.prod(stored)
-    words = torch.randint(-(1 << 63), (1 << 63) - 1, ((count + 3) // 4,), device=x.device, **from_generator(generator))
-    bits = words.view(torch.int16)[:count].view(stored).permute(_inverse(order))
     if isinstance(rate, Tensor):
+        bits = _bits(sizes, torch.int16, x, generator)
         level = (rate * _LEVELS).round().clamp(max=_LEVELS - 1)
         kept = (bits >= (level - _LEVELS // 2).to(torch.int16)).to(torch.uint8)
         return kept, torch.where(rate == 1, 0.0, _LEVELS / (_LEVELS - level.to(_wide(x))))
     number = min(max(round(rate * _LEVELS), 1), _LEVELS - 1)
-    lowest = number - _LEVELS // 2  # of the bits that are kept
-    kept = bits.clamp(lowest - 1, lowest).sub_(lowest - 1).to(torch.uint8)  # what >= says, in a fifth of its time
-    return kept, 0.0 if rate == 1 else _LEVELS / (_LEVELS - number)
+    scale = 0.0 if rate == 1 else _LEVELS / (_LEVELS - number)
+    if number % _FEW:
+        lowest = number - _LEVELS // 2  # of the bits that are kept
+        return _at_least(_bits(sizes, torch.int16, x, generator), lowest).to(torch.uint8), scale
+    lowest = number // _FEW - _FEW // 2
+    return _at_least(_bits(sizes, torch.int8, x, generator), lowest).view(torch.uint8), scale
+
+
+def _bits(sizes: list[int], dtype: torch.dtype, x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Random bits, all those of every integer, in the memory order of x."""
+    order = _order(x)
+    stored = [sizes[axis] for axis in order]
+    count, each = math.prod(stored), 8 // dtype.itemsize
+    size = ((count + each - 1) // each,)
+    words = torch.randint(-(1 << 63), (1 << 63) - 1, size, device=x.device, **from_generator(generator))
+    bits = words.view(dtype)[:count].view(stored)
+    return bits if x.is_contiguous() else bits.permute(_inverse(order))
+
+
+def _at_least(bits: Tensor, lowest: int) -> Tensor:
+    """1 where bits >= lowest, else 0, in a fifth of the time of the comparison."""
+    return bits.clamp(lowest - 1, lowest).sub_(lowest - 1)
 
 
 def _jitter(x: Tensor, std: float | Tensor, sizes: list[int], generator: torch.Generator | None) -> Tensor:

@@ -61,6 +61,7 @@ class Engine:
         self._asked, self._max_memory = chunk, max_memory
         self._sizes: dict[Any, int] = {}  # shapes of a batch -> passes at once
         self._keeps_prefix = True
+        chunks.keep_freed_memory()
 
     def run(self, call: Call, samples: int, take: Take) -> None:
         """Make all passes over a batch, and hand them on in pieces."""
@@ -84,11 +85,11 @@ class Engine:
     def _vmap(self, call: Call, samples: int, take: Take) -> None:
         shape = tuple((tuple(tensor.shape), tensor.dtype) for tensor in _tensors(call))
         size = self._asked or self._sizes.get(shape)
-        prefix, done = Prefix(batched=True), 0
-        trial = 0  # passes of the next chunk, while it is being found out how many there can be
+        done = trial = 0  # passes of the next chunk, while it is being found out how many there can be
         if size is None:
             fits = self._max_memory is None and samples <= chunks.at_first(_tensors(call))
             trial = self._sizes[shape] = samples if fits else 1
+        prefix = Prefix(batched=True, notes=trial < samples)
         while done < samples and not self.silent:
             count = min(trial, samples - done) if trial else chunks.even(samples - done, size or 1)
             only = done + count == samples and not done and trial < 2

@@ -95,8 +95,8 @@ def mc_predict(
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        noise = stack.enter_context(stochastic(model))
         devices = seeds.accelerators(itertools.chain(model.parameters(), model.buffers()))
+        noise = stack.enter_context(stochastic(model))
         own = torch.Generator().manual_seed(seeds.draw(generator))
         stack.enter_context(seeds.lent(devices))
         bar = stack.enter_context(Bar(progress, several, x, samples))

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from vardrop.functional import drop
 from vardrop.prediction.recurrent import packing, recurrent
+from vardrop.products import linear
 from vardrop.weights.random_weight import _run_body
 
 Args = tuple[Any, ...]
@@ -216,6 +217,13 @@ def _packing(mode: NoiseMode, func: Any, args: Args, kwargs: Kwargs) -> Any:
     return func(*args, **kwargs) if _transform() is None else packing(func, args, kwargs)
 
 
+def _linear(mode: NoiseMode, func: Any, args: Args, kwargs: Kwargs) -> Any:
+    """The product of all passes with a weight that they share is most of the time of many models."""
+    if _transform() is None or len(args) < 2 or kwargs or type(args[1]) not in (Tensor, nn.Parameter):
+        return func(*args, **kwargs)
+    return linear(*args)
+
+
 def _fresh(mode: NoiseMode, func: Any, args: Args, kwargs: Kwargs) -> Any:
     """An empty tensor under vmap, one for every sample: else a mask that is drawn in place could not be random."""
     x = func(*args, **kwargs)
@@ -272,6 +280,7 @@ _HANDLED: dict[Any, Callable[[NoiseMode, Any, Args, Kwargs], Any]] = {
     **dict.fromkeys((torch.empty, torch.empty_like, Tensor.new_empty), _fresh),
     **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _recurrent),
     **dict.fromkeys((torch._pack_padded_sequence, torch._pad_packed_sequence), _packing),
+    F.linear: _linear,
     F.batch_norm: _norm,
     F.instance_norm: _norm,
 }

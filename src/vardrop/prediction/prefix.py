@@ -72,6 +72,7 @@ class Prefix(TorchFunctionMode):
     Args:
         batched: whether the passes run under vmap, where a tensor that noise has reached is known by its axis of
             passes; else random operations are looked for.
+        notes: whether other chunks will follow; else nothing is written, and only sizes are looked at.
 
     Attributes:
         random: whether noise was met while writing.
@@ -84,7 +85,7 @@ class Prefix(TorchFunctionMode):
         passes: how many run at once, if they are to be given up when a tensor is too large for so many.
     """
 
-    def __init__(self, batched: bool) -> None:
+    def __init__(self, batched: bool, notes: bool = True) -> None:
         super().__init__()
         self.random = self.deviated = self.gave_up = False
         self.useful = True
@@ -96,7 +97,7 @@ class Prefix(TorchFunctionMode):
         self._numbers = WeakIdKeyDictionary()
         self._tensors: list[Any] = []  # by number: weak where the model made them, until the notes are complete
         self._versions: list[tuple[Tensor, int]] = []
-        self._do: Callable[[Any, Any, Any], Any] = self._write
+        self._do: Callable[[Any, Any, Any], Any] = self._write if notes else self._carry_out
         self._place = 0
 
     def __enter__(self) -> Prefix:
@@ -135,9 +136,9 @@ class Prefix(TorchFunctionMode):
         out = func(*args, **kwargs)
         if self._batched:
             for tensor in _tensors(out):
-                if is_batched(tensor):
-                    self.largest = max(self.largest, tensor.numel() * tensor.itemsize)
-                    if too_many(self.passes, self.largest, tensor.device):
+                if is_batched(tensor) and (size := tensor.numel() * tensor.itemsize) > self.largest:
+                    self.largest = size
+                    if too_many(self.passes, size, tensor.device):
                         self.gave_up = True
                         raise TooMany
         return out

@@ -19,6 +19,8 @@ def draw(generator: torch.Generator | None) -> int:
 
 def accelerators(tensors: Iterable[torch.Tensor]) -> list[torch.device]:
     """The devices of these tensors that have generators of their own."""
+    if not torch.accelerator.is_available():
+        return []
     return sorted({t.device for t in tensors if t.device.type not in ("cpu", "meta")}, key=str)
 
 

@@ -157,7 +157,7 @@ def _release(names: dict[nn.Module, str], block: _Block) -> None:
             flag = blocks.pop(place)[1]
             if place < len(blocks):
                 blocks[place] = (blocks[place][0], flag)
-            else:
+            elif module.training != flag:
                 module.training = flag
             if not blocks:
                 del _CLAIMS[module]

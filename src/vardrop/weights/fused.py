@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vardrop.products import product
 from vardrop.projection import bounded, keep_inward
 from vardrop.second_order import graph_wanted
 from vardrop.weights.noise import with_noise
@@ -26,8 +27,8 @@ class _LocalLinear(torch.autograd.Function):
         alpha = log_alpha.clamp(max=bound).exp_()
         slope = alpha.mul_(theta) if alpha.shape == theta.shape else alpha * theta  # α θ
         variance = slope * theta
-        y = x @ theta.t() if bias is None else torch.addmm(bias, x, theta.t())
-        std = ((x * x) @ variance.t()).sqrt_()
+        y = product(x, theta, bias)
+        std = product(x * x, variance).sqrt_()
         y.addcmul_(std, noise)
         by_variance = torch.addcdiv(std.new_zeros(()), noise, std, value=0.5).masked_fill_(std == 0, 0.0)
         ctx.save_for_backward(x, theta, log_alpha, slope, variance, by_variance)
@@ -42,12 +43,12 @@ class _LocalLinear(torch.autograd.Function):
         by_delta = grad * by_variance
         by_x = by_theta = by_log_alpha = by_bias = None
         if ctx.needs_input_grad[0]:
-            by_x = (grad @ theta).addcmul_(by_delta @ variance, x, value=2)
+            by_x = product(grad, theta.t()).addcmul_(product(by_delta, variance.t()), x, value=2)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            half = (by_delta.t() @ (x * x)).mul_(slope)  # dL/dδ's share of dL/dθ, halved
+            half = product(by_delta.t(), (x * x).t()).mul_(slope)  # dL/dδ's share of dL/dθ, halved
             if ctx.needs_input_grad[2]:
                 by_log_alpha = keep_inward((half * theta).sum_to_size(log_alpha.shape), log_alpha, ctx.bound)
-            by_theta = half.addmm_(grad.t(), x, beta=2)
+            by_theta = product(grad.t(), x.t()).add_(half, alpha=2)
         if ctx.needs_input_grad[3]:
             by_bias = grad.sum(0)
         return by_x, by_theta, by_log_alpha, by_bias, None, None

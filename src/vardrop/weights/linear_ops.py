@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vardrop.products import linear
 from vardrop.weights.noise import square
 
 Examples = tuple[int | None, ...]
@@ -68,7 +69,7 @@ def _examples(x: Tensor, plain_ndim: int, inputs: int = 1) -> Examples | None:
 
 def _linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> LinearOp | None:
     def run(inputs: tuple[Tensor, ...], w: Tensor, biased: bool) -> Tensor:
-        return F.linear(inputs[0], w, bias if biased else None)
+        return linear(inputs[0], w, bias if biased else None)
 
     if weight.ndim != 2:
         return None
