@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vardrop.products import linear
+
 __all__ = ["concrete", "drop", "drop_types", "gaussian", "moments_linear", "moments_relu"]
 
 _LEVELS = 1 << 16  # rates are multiples of 2^-16: sixteen random bits for every draw, four draws in an int64
@@ -235,7 +237,7 @@ def moments_linear(
     """
     alpha = rate / (1 - rate)
     spread = variance + alpha * (mean * mean + variance)
-    return torch.nn.functional.linear(mean, weight, bias), torch.nn.functional.linear(spread, weight * weight)
+    return linear(mean, weight, bias), linear(spread, weight * weight)
 
 
 def moments_relu(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
