@@ -153,6 +153,53 @@ def test_numbers_go_where_they_are_known_to_be_faster(onednn: Calls, monkeypatch
 
 
 @has_onednn
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize(
+    ("x", "weight", "bias"),
+    [
+        ((4, 7), (5, 6), None),
+        ((4, 7), (5, 7), (6,)),
+        ((4, 7), (2, 5, 7), None),
+        ((), (5, 7), None),
+        ((4, 7), (5, 7), (3, 4, 5)),
+    ],
+)
+def test_shapes_that_do_not_fit_meet_torchs_words(
+    onednn: Calls, x: tuple[int, ...], weight: tuple[int, ...], bias: tuple[int, ...] | None, grad: bool
+) -> None:
+    """oneDNN has an obscure message for some, and ends the process for others."""
+    operands = torch.randn(x), torch.randn(weight), None if bias is None else torch.randn(bias)
+    words = []
+    for function in (linear, F.linear):
+        with torch.set_grad_enabled(grad), pytest.raises(RuntimeError) as error:
+            function(*operands)
+        words.append(str(error.value))
+    assert words[0] == words[1]
+    assert onednn.count == 0
+
+
+@has_onednn
+@pytest.mark.parametrize(("weight", "bias"), [((7,), None), ((5, 7), (1,)), ((5, 7), (4, 5))])
+def test_shapes_that_torch_alone_knows(onednn: Calls, weight: tuple[int, ...], bias: tuple[int, ...] | None) -> None:
+    x, w, b = torch.randn(4, 7), torch.randn(weight), None if bias is None else torch.randn(bias)
+    torch.testing.assert_close(linear(x, w, b), F.linear(x, w, b))
+    with torch.no_grad():
+        torch.testing.assert_close(torch.vmap(lambda rows: linear(rows, w, b))(x[None]), F.linear(x, w, b)[None])
+    assert onednn.count == 0
+
+
+@has_onednn
+def test_symbols_of_a_trace_stay_symbols(onednn: Calls) -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return linear(x, torch.ones(5, 7))
+
+    with torch.no_grad():
+        graph = torch.fx.symbolic_trace(Net()).graph
+    assert [node.target for node in graph.nodes if node.op == "call_function"] == [F.linear]
+
+
+@has_onednn
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
 def test_compiled_and_traced_code_has_torchs_own(onednn: Calls) -> None:
     x, weight, bias = (tensor.detach() for tensor in operands(4, 7))

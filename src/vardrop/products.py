@@ -101,7 +101,9 @@ class _Linear(torch.autograd.Function):
 
 def _passes(x: Tensor, *shared: Tensor | None) -> Tensor | None:
     """All passes of x, with their axis in front; None if x has none, or if not one vmap alone is going on."""
-    if not functorch.is_batchedtensor(x) or not x.ndim or functorch.maybe_current_level() != 1:
+    if not isinstance(x, Tensor) or not functorch.is_batchedtensor(x):
+        return None
+    if not x.ndim or functorch.maybe_current_level() != 1:
         return None
     if not all(_is_plain(operand) for operand in shared if operand is not None):
         return None
@@ -112,6 +114,7 @@ def _is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether oneDNN can multiply these, and does it faster: on a processor where this was seen."""
     return (
         all(_is_plain(operand) for operand in (x, weight, bias) if operand is not None)
+        and _fit(x, weight, bias)  # or oneDNN ends the process, where torch has words
         and x.numel() * len(weight) >= _WORTH
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
         and torch.backends.mkldnn.is_available()
@@ -120,6 +123,11 @@ def _is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
+
+
+def _fit(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether these are the shapes of a linear layer."""
+    return weight.ndim == 2 and x.shape[-1:] == weight.shape[1:] and (bias is None or bias.shape == weight.shape[:1])
 
 
 def _is_plain(x: Tensor) -> bool:
