@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from vardrop.dropouts_before import dropouts_before, in_wrappers, is_off, rate_of, switch_off, switch_on, why_kept
 from vardrop.half import HALVES, lost_step
+from vardrop.memory import keep_freed
 from vardrop.weights.modules import (
     Noise,
     RandomWeights,
@@ -166,6 +167,7 @@ def convert_(model: nn.Module, config: Posterior, where: Where = None, replace_d
             f"the noise is of {kind}, which rounds steps below {lost:.2g} away where it starts: smaller ones of an "
             "optimiser teach it nothing; keep the model in float32 and run it under torch.autocast"
         )
+    keep_freed()  # it will be trained
     return report
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from vardrop.second_order import graph_wanted
 
-_WORTH = 1 << 19  # multiply-adds, below which the call of oneDNN costs more than it saves
+_WORTH = 1 << 23  # multiply-adds. oneDNN takes half a millisecond for the first product of a shape, and shapes may vary
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import weakref
 from typing import Any
@@ -64,17 +63,6 @@ def for_memory(allowed: int, held: int, needed: int, count: int) -> int:
 def even(left: int, size: int) -> int:
     """The size of the next chunk so that the chunks of what is left are equal, and at most ``size``."""
     return math.ceil(left / math.ceil(left / size))
-
-
-@functools.cache
-def keep_freed_memory() -> None:
-    """Once in a process: freed blocks of the size of a chunk's tensors are used again, not given back to the system.
-
-    Each pass frees what the next one asks for. The C library of Linux returns freed memory from a size on, that of the
-    largest block freed so far, and then every page is faulted in again: for a transformer that was a third of the time.
-    So one such block is asked for and freed here, and never touched.
-    """
-    torch.empty(2 * _CACHE, dtype=torch.uint8)
 
 
 class Peak(TorchDispatchMode):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vardrop.memory import keep_freed
 from vardrop.prediction import chunks, seeds
 from vardrop.prediction.prefix import Prefix, TooMany
 from vardrop.prediction.structure import Call, Inputs, Select, named
@@ -61,7 +62,7 @@ class Engine:
         self._asked, self._max_memory = chunk, max_memory
         self._sizes: dict[Any, int] = {}  # shapes of a batch -> passes at once
         self._keeps_prefix = True
-        chunks.keep_freed_memory()
+        keep_freed()
 
     def run(self, call: Call, samples: int, take: Take) -> None:
         """Make all passes over a batch, and hand them on in pieces."""

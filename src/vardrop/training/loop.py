@@ -18,6 +18,7 @@ from torch import Tensor
 
 import vardrop
 from vardrop.data import Data, load, split_validation
+from vardrop.memory import keep_freed
 from vardrop.methods import prepare
 from vardrop.objective import ELBO, kl_divergence
 from vardrop.training.averaging import Averages
@@ -89,6 +90,7 @@ def train(config: Config, out: Path, resume: bool = False, progress: bool = True
         torch.manual_seed(config.seed)
         data = load(config.data, Path(config.data_dir) if config.data_dir else None, config.split)
         check_data(data)
+        keep_freed()
         network, kl_scale, _ = prepare(config.method, config.model, data.shape, data.outputs, config.sharing)
         if config.start is not None:
             start_from_(network, Path(config.start))
