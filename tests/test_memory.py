@@ -44,7 +44,7 @@ def faults(kept: bool) -> int:
     "CS_GNU_LIBC_VERSION" not in getattr(os, "confstr_names", {}), reason="this system's C library is not glibc"
 )
 def test_freed_memory_is_not_faulted_in_again() -> None:
-    """Eight megabytes are 2048 pages, at every step; without it that is as the heap happens to lie, in most processes."""
+    """Eight megabytes are 2048 pages, at every step. Without it that is so in most processes, by chance of the heap."""
     assert any(faults(kept=False) > 10 * 1024 for _ in range(8))
     assert all(faults(kept=True) < 1024 for _ in range(2))
 
