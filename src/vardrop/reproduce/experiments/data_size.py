@@ -204,12 +204,12 @@ def _size(percent: float, runs: list[Row], means: list[Row]) -> Row:
     here = [row for row in means if row["percent"] == percent]
     fixed = [row for row in runs if row["percent"] == percent and row["method"] == "fixed"]
     seeds = {rate: {row["seed"] for row in fixed if row["rate"] == rate} for rate in {row["rate"] for row in fixed}}
-    shared = set.intersection(*seeds.values())  # at scale cpu only some rates are run a second time
+    every = set.union(*seeds.values())  # at scale cpu the first seed tries all rates, the others 0 and its best
 
     def chosen_by(rate: float) -> float:
-        return sum(row["val_nll"] for row in fixed if row["rate"] == rate and row["seed"] in shared)
+        return sum(row["val_nll"] for row in fixed if row["rate"] == rate)
 
-    rate = min(sorted(seeds), key=chosen_by)
+    rate = min((rate for rate in sorted(seeds) if seeds[rate] == every), key=chosen_by)
     (best,) = (row for row in here if row["rate"] == rate)
     (zero,) = (row for row in here if row["rate"] == 0)
     learned, sites = (next((r for r in here if r["method"] == m), {}) for m in (WEIGHTS, SITES))
