@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -34,7 +36,7 @@ def onednn(monkeypatch: pytest.MonkeyPatch) -> Calls:
         return plain(*args)
 
     monkeypatch.setattr(products, "_WORTH", 0)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(products, "_is_known", lambda: True)
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", counted)
     return calls
 
@@ -64,7 +66,7 @@ def test_values_of_any_shape(sizes: list[int], inner: int, outer: int, biased: b
     bias = torch.randn(outer) if biased else None
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(products, "_WORTH", 0)
-        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+        patch.setattr(products, "_is_known", lambda: True)
         torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias))
         torch.testing.assert_close(product(x, weight, bias), F.linear(x, weight, bias))
 
@@ -148,8 +150,25 @@ def test_numbers_go_where_they_are_known_to_be_faster(onednn: Calls, monkeypatch
     monkeypatch.setattr(products, "_WORTH", 4 * 7 * 5 + 1)
     assert stays(x, weight, bias)
     monkeypatch.setattr(products, "_WORTH", 0)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(products, "_is_known", lambda: False)
     assert stays(x, weight, bias)
+
+
+@pytest.mark.parametrize(
+    ("maker", "capability", "known"),
+    [("AuthenticAMD", "AVX512", True), ("AuthenticAMD", "AVX2", False), ("GenuineIntel", "AVX512", False)],
+)
+@pytest.mark.parametrize("linux", [True, False])
+def test_processors(monkeypatch: pytest.MonkeyPatch, maker: str, capability: str, known: bool, linux: bool) -> None:
+    def read_text(path: Path) -> str:
+        if not linux:
+            raise FileNotFoundError
+        return f"vendor_id : {maker}"
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr(products.platform, "processor", lambda: "" if linux else f"AMD64 Family 25, {maker}")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert products._is_known.__wrapped__() is known
 
 
 @has_onednn

@@ -9,6 +9,9 @@ known to be faster; everywhere else they are torch's own. The digits differ by r
 
 from __future__ import annotations
 
+import functools
+import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -116,13 +119,23 @@ def _is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         all(_is_plain(operand) for operand in (x, weight, bias) if operand is not None)
         and _fit(x, weight, bias)  # or oneDNN ends the process, where torch has words
         and x.numel() * len(weight) >= _WORTH
-        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and _is_known()
         and torch.backends.mkldnn.is_available()
         and torch._C._get_mkldnn_enabled()
         and torch._C._len_torch_dispatch_stack() == 0  # who counts or fakes operations may not know this one
         and not torch.is_autocast_enabled("cpu")
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
+
+
+@functools.cache
+def _is_known() -> bool:
+    """Whether this is a processor on which oneDNN was seen to be faster: AMD's, with AVX-512."""
+    try:
+        maker = Path("/proc/cpuinfo").read_text()  # Linux
+    except OSError:
+        maker = platform.processor()
+    return "AuthenticAMD" in maker and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def _fit(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
