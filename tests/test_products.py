@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vardrop as vd
 from vardrop import products
-from vardrop.products import linear, product, product_plus
+from vardrop.products import linear, product
 
 has_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
@@ -69,17 +69,6 @@ def test_values_of_any_shape(sizes: list[int], inner: int, outer: int, biased: b
         patch.setattr(products, "_is_known", lambda: True)
         torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias))
         torch.testing.assert_close(product(x, weight, bias), F.linear(x, weight, bias))
-
-
-@has_onednn
-@pytest.mark.parametrize("fast", [True, False])
-def test_a_product_and_something_else(onednn: Calls, monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
-    monkeypatch.setattr(products, "_is_known", lambda: fast)
-    x, weight, y = torch.randn(4, 7), torch.randn(5, 7), torch.randn(4, 5)
-    expected = x @ weight.t() + 3 * y
-    with torch.no_grad():
-        torch.testing.assert_close(product_plus(x, weight, y, times=3), expected)
-    assert onednn.count == fast
 
 
 @has_onednn

@@ -73,21 +73,6 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def product_plus(x: Tensor, weight: Tensor, y: Tensor, times: float) -> Tensor:
-    """x Wᵀ + c y, of which y may be overwritten, where nothing is to be differentiated.
-
-    Example:
-        >>> import torch
-        >>> from vardrop.products import product_plus
-        >>> product_plus(torch.ones(2, 3), torch.ones(1, 3), torch.ones(2, 1), 2.0)
-        tensor([[5.],
-                [5.]])
-    """
-    if _is_faster(x, weight, None):
-        return product(x, weight).add_(y, alpha=times)
-    return y.addmm_(x, weight.t(), beta=times)  # one pass over y
-
-
 class _Linear(torch.autograd.Function):
     """y = x Wᵀ + b."""
 

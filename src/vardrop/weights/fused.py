@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vardrop.products import product, product_plus
+from vardrop.products import product
 from vardrop.projection import bounded, keep_inward
 from vardrop.second_order import graph_wanted
 from vardrop.weights.noise import with_noise
@@ -48,7 +48,7 @@ class _LocalLinear(torch.autograd.Function):
             half = product(by_delta.t(), (x * x).t()).mul_(slope)  # dL/dδ's share of dL/dθ, halved
             if ctx.needs_input_grad[2]:
                 by_log_alpha = keep_inward((half * theta).sum_to_size(log_alpha.shape), log_alpha, ctx.bound)
-            by_theta = product_plus(grad.t(), x.t(), half, times=2)
+            by_theta = product(grad.t(), x.t()).add_(half, alpha=2)
         if ctx.needs_input_grad[3]:
             by_bias = grad.sum(0)
         return by_x, by_theta, by_log_alpha, by_bias, None, None
