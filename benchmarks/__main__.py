@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         "--rounds", type=_positive, metavar="N", help="rounds of every benchmark (their own by default)"
     )
     parser.add_argument(
-        "--mkl", action="store_true", help="our matrix products by MKL, as those of the reference, and not by oneDNN"
+        "--mkl", action="store_true", help="our products by MKL, as those of the reference (memory-4096 is as without)"
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the figures as JSON")
     return parser

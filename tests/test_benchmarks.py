@@ -16,6 +16,7 @@ from benchmarks import __main__ as command
 from benchmarks import divergence, memory, networks, peers, prediction, table, training_step
 from benchmarks.timing import Pair, Row, interleaved, summarise
 from benchmarks.variants import OURS, REFERENCE, Variant
+from vardrop import products
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = networks.Workload(lambda: networks.mlp(8, 8), 4, (8,))
@@ -288,6 +289,13 @@ def test_help_names_every_benchmark_and_option(capsys: pytest.CaptureFixture[str
     words = capsys.readouterr().out
     for name in (*command.PLANS, "--quick", "--only", "--variant", "--rounds", "--mkl", "--out"):
         assert name in words
+
+
+def test_products_by_mkl_are_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(products, "_WORTH", products._WORTH)  # put back afterwards
+    command.main(["--mkl", "--only", "kl", "--variant", "GaussianPosterior", "--rounds", "1"])
+    assert sys.maxsize == products._WORTH
+    assert "products by MKL" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,8 @@ class Engine:
     def _vmap(self, call: Call, samples: int, take: Take) -> None:
         shape = tuple((tuple(tensor.shape), tensor.dtype) for tensor in _tensors(call))
         size = self._asked or self._sizes.get(shape)
-        done = trial = 0  # passes of the next chunk, while it is being found out how many there can be
+        done = 0
+        trial = 0  # passes of the next chunk, while it is being found out how many there can be
         if size is None:
             fits = self._max_memory is None and samples <= chunks.at_first(_tensors(call))
             trial = self._sizes[shape] = samples if fits else 1
