@@ -18,7 +18,8 @@ from benchmarks import table
 from benchmarks.blocks import residual_network
 from benchmarks.timing import Row, interleaved, summarise
 from vardrop.reproduce.experiments import _onnx
-from vardrop.reproduce.experiments._compact import BandEncoder, lenet5, lenet300100
+from vardrop.reproduce.experiments._compact import BandEncoder, lenet5
+from vardrop.reproduce.experiments._compact import mlp as perceptron
 
 GOAL = 1.5  # times the share of multiply-adds that is left, at the large batch
 BATCHES = (1, 256)
@@ -44,7 +45,7 @@ def _silence(writers: Iterable[nn.Module], dead: Tensor, readers: Iterable[Tenso
 
 def mlp(generator: torch.Generator) -> nn.Module:
     """LeNet-300-100 with half of its hidden units."""
-    net = lenet300100(28, (300, 100))
+    net = perceptron(28, (300, 100))
     for layer in (net[1], net[3]):
         _silence([layer], _dead(layer.out_features, generator))  # type: ignore[arg-type]
     return net

@@ -35,7 +35,7 @@ def time_rows(share: float, work: float, ratios: tuple[float, float], **about: A
 
 
 def test_cells_are_networks_by_shares_by_seeds() -> None:
-    for scale, count in (("smoke", 4), ("cpu", 4 * 2 * 2), ("gpu", 4 * 2 * 3)):
+    for scale, count in (("smoke", 4), ("cpu", 13 * 2), ("gpu", 13 * 3)):
         assert len(compact.EXPERIMENT.at(scale)) == count
     assert compact.EXPERIMENT.runs_alone({})
 
@@ -112,6 +112,16 @@ def test_the_noise_has_a_rate_of_its_own() -> None:
 
 
 def test_a_pass_in_onnxruntime_computes_what_torch_does() -> None:
-    net, x = _compact.lenet300100(4, (5, 3)).eval(), torch.randn(3, 1, 4, 4)
+    net, x = _compact.mlp(4, (5, 3)).eval(), torch.randn(3, 1, 4, 4)
     (made,) = _onnx.forward(net, x)()
     torch.testing.assert_close(torch.from_numpy(made), net(x))
+
+
+def test_the_first_word_of_a_name_is_its_kind() -> None:
+    def kind(name: str, *size: int) -> nn.Module:
+        return _compact.network({"network": name, "side": 28, "size": size})
+
+    linear = [layer for layer in kind("MLP of 7", 7, 5, 3) if isinstance(layer, nn.Linear)]
+    assert [(layer.in_features, layer.out_features) for layer in linear] == [(784, 7), (7, 5), (5, 3), (3, 10)]
+    assert isinstance(kind("transformer of 8", 2, 8, 1, 2, 16), _compact.BandEncoder)
+    assert any(isinstance(module, nn.BatchNorm2d) for module in kind("ResNet of 4", 1, 4).modules())

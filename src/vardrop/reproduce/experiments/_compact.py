@@ -1,11 +1,12 @@
-"""Four small networks that are trained until whole units are noise: what the experiment on compaction measures."""
+"""The networks that are trained until whole units are noise: what the experiment on compaction measures."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -90,21 +91,21 @@ def lenet5(side: int, widths: tuple[int, int, int]) -> nn.Sequential:
     return nn.Sequential(*convolutions, nn.MaxPool2d(2), *dense)
 
 
-def lenet300100(side: int, widths: tuple[int, int]) -> nn.Sequential:
-    """Two hidden layers on the pixels."""
-    first, second = widths
-    layers = [nn.Linear(side * side, first), nn.ReLU(), nn.Linear(first, second), nn.ReLU(), nn.Linear(second, 10)]
-    return nn.Sequential(nn.Flatten(), *layers)
+def mlp(side: int, widths: Sequence[int]) -> nn.Sequential:
+    """Hidden layers on the pixels."""
+    sizes = [side * side, *widths]
+    hidden = [layer for pair in itertools.pairwise(sizes) for layer in (nn.Linear(*pair), nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(sizes[-1], 10))
 
 
 def network(config: Config) -> nn.Module:
-    """An untrained network of a configuration, for images of ``side``."""
-    side, size = config["side"], config["size"]
-    if config["network"] == "LeNet-300-100":
-        return lenet300100(side, size)
-    if config["network"] == "LeNet-5":
+    """An untrained network of a configuration, for images of ``side``; the first word of its name is its kind."""
+    side, size, kind = config["side"], config["size"], config["network"].split()[0]
+    if kind in ("LeNet-300-100", "MLP"):
+        return mlp(side, size)
+    if kind == "LeNet-5":
         return lenet5(side, size)
-    if config["network"] == "ResNet":
+    if kind == "ResNet":
         depth, width = size
         return _cifar.resnet(1, {"width": width, "stem": 2, "depth": depth, "device": "cpu"})
     return BandEncoder(side, *size)

@@ -38,7 +38,9 @@ THRESHOLD = 3.0  # of log α
 ALLOWED = 0.5  # points of validation error
 SHARES = {  # of the divergence: tried on validation images
     "LeNet-300-100": (0.3, 1.0), "LeNet-5": (0.1, 0.2), "ResNet": (1.0, 2.0), "transformer": (0.3, 0.6),
+    "MLP of 1000": (0.3, 1.0), "ResNet of 64": (1.0,), "transformer of 256": (0.3, 0.6),
 }  # fmt: skip
+WIDE = ("MLP of 1000", "LeNet-5", "ResNet of 64", "transformer of 256")  # one example computes longer than it calls
 BATCHES = (1, 256)
 ENGINES = ("torch", "onnxruntime")
 
@@ -46,6 +48,7 @@ SIZES: dict[str, dict[str, tuple[int, ...]]] = {
     "smoke": {"LeNet-300-100": (30, 10), "LeNet-5": (4, 6, 20), "ResNet": (1, 4), "transformer": (2, 8, 1, 2, 16)},
     "cpu": {
         "LeNet-300-100": (300, 100), "LeNet-5": (20, 50, 500), "ResNet": (1, 16), "transformer": (2, 64, 2, 4, 128),
+        "MLP of 1000": (1000, 1000, 1000), "ResNet of 64": (1, 64), "transformer of 256": (4, 256, 2, 4, 1024),
     },
 }  # fmt: skip
 SIZES["gpu"] = SIZES["cpu"] | {"ResNet": (2, 16), "transformer": (2, 128, 4, 4, 256)}
