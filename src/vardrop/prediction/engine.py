@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import _remove_batch_dim
+from torch._functorch.vmap import lazy_load_decompositions
 
 from vardrop.memory import keep_freed
 from vardrop.prediction import chunks, seeds
@@ -120,15 +122,12 @@ class Engine:
         self.answered += prefix.answered
 
     def _at_once(self, count: int, prefix: Prefix | None) -> Outputs:
-        def one(_: Tensor) -> Outputs:
-            self.main, found = self._with(prefix)
-            main = found[self.main]
-            self.silent = main.numel() > 0 and not chunks.is_batched(main)
-            return found
-
         try:
-            with _no_slow_rules():
-                found: Outputs = torch.vmap(one, randomness="different")(torch.empty(count))
+            with _passes_at_once(count) as level:
+                self.main, found = self._with(prefix)
+                main = found[self.main]
+                self.silent = main.numel() > 0 and not chunks.is_batched(main)
+                found = {name: _remove_batch_dim(tensor, level, count, 0) for name, tensor in found.items()}
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -182,7 +181,9 @@ class Engine:
         return self._passes(self._inputs.fresh())
 
     def _passes(self, call: Call) -> Named:
-        return named(self.model(*call.args, **call.kwargs), self.select)
+        with torch._C._EnableTorchFunction():  # the noise is for the model, and everything around it runs without
+            output = self.model(*call.args, **call.kwargs)
+        return named(output, self.select)
 
     @contextmanager
     def _memory(self, call: Call, prefix: Prefix, count: int, measure: bool) -> Iterator[chunks.Peak | None]:
@@ -209,14 +210,20 @@ def _tensors(call: Call) -> list[Tensor]:
 
 
 @contextmanager
-def _no_slow_rules() -> Iterator[None]:
-    """Where vmap knows an operation only as a slow loop of its own, with a warning, it refuses instead."""
+def _passes_at_once(count: int) -> Iterator[int]:
+    """What ``torch.vmap`` does around a function without arguments, and its level.
+
+    Where vmap knows an operation only as a slow loop of its own, with a warning, it refuses instead.
+    """
     functorch: Any = torch._C._functorch
     was_on = functorch._is_vmap_fallback_enabled()
+    lazy_load_decompositions()
     functorch._set_vmap_fallback_enabled(False)
+    level = functorch._vmap_increment_nesting(count, "different")
     try:
-        yield
+        yield level
     finally:
+        functorch._vmap_decrement_nesting()
         functorch._set_vmap_fallback_enabled(was_on)
 
 

@@ -100,6 +100,7 @@ def mc_predict(
         own = torch.Generator().manual_seed(seeds.draw(generator))
         stack.enter_context(seeds.lent(devices))
         bar = stack.enter_context(Bar(progress, several, x, samples))
+        stack.enter_context(torch._C.DisableTorchFunction())
         if "torch._dynamo" in sys.modules:  # a compiled model runs as it was written
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for call in _calls(x, several, place):

@@ -44,8 +44,9 @@ class Source:
 
 
 class Survey(NamedTuple):
-    """What is to be done with a model: the modules to switch on, the sources of noise, what stays off and why."""
+    """What is to be done with a model: all of its modules, those to switch on, sources of noise, what stays off, why."""
 
+    names: dict[nn.Module, str]
     on: dict[nn.Module, str]
     sources: list[Source]
     left_off: dict[str, str]
@@ -65,19 +66,18 @@ def survey(model: nn.Module) -> Survey:
     Args:
         model: any module.
     """
-    found = Survey({}, [], {})
-    named = list(model.named_modules())
-    for name, module in named:
-        shown = name or _class_name(module)
+    names = {module: name or _class_name(module) for name, module in model.named_modules()}
+    found = Survey(names, {}, [], {})
+    for module, shown in names.items():
         verdict = _judge(module)
         if verdict.on:
             found.on[module] = shown
         found.sources.extend(Source(shown, kind, rate) for kind, rate in verdict.noise)
         if verdict.why_off is not None:
             found.left_off[shown] = verdict.why_off
-    for name, module in named:  # their fused kernels know no noise, and look at their own flag only
+    for module, shown in names.items():  # their fused kernels know no noise, and look at their own flag only
         if isinstance(module, _FUSED) and not _other_use(module) and any(m in found.on for m in module.modules()):
-            found.on.setdefault(module, name or _class_name(module))
+            found.on.setdefault(module, shown)
     if isinstance(model, torch.jit.ScriptModule):
         found.left_off[_class_name(model)] = "it is TorchScript, where only dropouts that are modules can be switched"
     if estimators.current().name == "none":
@@ -97,11 +97,11 @@ def _judge(module: nn.Module) -> _Verdict:
         return _Verdict(True, ((_RANDOM_WEIGHT, None), *_of_torch(module).noise))
     if isinstance(module, Rated):
         return _Verdict(True, ((kind, module.p),) if module.p > 0 else ())
-    if _SHORTENS.search(kind):
-        return _Verdict(why_off=None if _rate(module) == 0 else "it drops tokens, and shapes would change")
     verdict = _of_torch(module)
     if type(module).__module__.startswith("torch.nn."):
         return verdict
+    if _SHORTENS.search(kind):
+        return _Verdict(why_off=None if _rate(module) == 0 else "it drops tokens, and shapes would change")
     if not verdict.on:
         return _of_code(module, kind)
     other = _other_use(module)  # a subclass may do something else

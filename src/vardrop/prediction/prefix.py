@@ -135,13 +135,17 @@ class Prefix(TorchFunctionMode):
     def _carry_out(self, func: Any, args: Any, kwargs: Any) -> Any:
         out = func(*args, **kwargs)
         if self._batched:
-            for tensor in _tensors(out):
-                if is_batched(tensor) and (size := tensor.numel() * tensor.itemsize) > self.largest:
-                    self.largest = size
-                    if too_many(self.passes, size, tensor.device):
-                        self.gave_up = True
-                        raise TooMany
+            with torch._C.DisableTorchFunction():  # other modes have no say in what is only looked at
+                self._look_at(out)
         return out
+
+    def _look_at(self, out: Any) -> None:
+        for tensor in _tensors(out):
+            if is_batched(tensor) and (size := tensor.nbytes) > self.largest:
+                self.largest = size
+                if too_many(self.passes, size, tensor.device):
+                    self.gave_up = True
+                    raise TooMany
 
     # ---------------------------------------------------------------------------------------------------- writing
 

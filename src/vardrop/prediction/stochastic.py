@@ -114,8 +114,7 @@ def stochastic(model: nn.Module) -> Iterator[Noise]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"vardrop.stochastic: model must be a torch.nn.Module, got {type(model).__name__}")
     found = survey(model)
-    noise = Noise(found.sources, found.left_off)
-    names = {module: name or type(module).__name__ for name, module in model.named_modules()}
+    noise, names = Noise(found.sources, found.left_off), found.names
     block = _Block(names, found.on, noise)
     with contextlib.ExitStack() as undo:
         undo.callback(_release, names, block)  # first, so that nothing can come between
@@ -151,8 +150,10 @@ def _release(names: dict[nn.Module, str], block: _Block) -> None:
     with _LOCK:
         for module in names:
             blocks = _CLAIMS[module].blocks if module in _CLAIMS else []
-            place = next((index for index, (other, _) in enumerate(blocks) if other is block), None)
-            if place is None:  # it was refused
+            place = len(blocks) - 1
+            while place >= 0 and blocks[place][0] is not block:
+                place -= 1
+            if place < 0:  # it was refused
                 continue
             flag = blocks.pop(place)[1]
             if place < len(blocks):

@@ -56,12 +56,12 @@ def copied(value: Any) -> Any:
 def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
-    if isinstance(value, Mapping):
-        return {key: _mapped(entry, change) for key, entry in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_mapped(entry, change) for entry in value))
     if isinstance(value, tuple | list):
         return type(value)(_mapped(entry, change) for entry in value)
+    if isinstance(value, Mapping):
+        return {key: _mapped(entry, change) for key, entry in value.items()}
     return value
 
 
@@ -73,22 +73,17 @@ class Inputs:
         self._renew()
 
     def _renew(self) -> None:
-        self._call: Call = copied(self._original)
-        self._versions = self._now()
+        self._tensors: list[Tensor] = []
+        self._call: Call = _mapped(self._original, self._copy)
+        self._versions = [tensor._version for tensor in self._tensors]
 
-    def _now(self) -> list[int]:
-        found: list[int] = []
-
-        def note(tensor: Tensor) -> Tensor:
-            found.append(tensor._version)
-            return tensor
-
-        _mapped(self._call, note)
-        return found
+    def _copy(self, tensor: Tensor) -> Tensor:
+        self._tensors.append(tensor.clone())
+        return self._tensors[-1]
 
     def fresh(self) -> Call:
         """The arguments; the same tensors as long as nothing wrote to them."""
-        if self._now() != self._versions:
+        if [tensor._version for tensor in self._tensors] != self._versions:
             self._renew()
         return self._call
 
