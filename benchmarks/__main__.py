@@ -102,9 +102,11 @@ def _run(options: argparse.Namespace, say: Callable[[str], None]) -> list[Row]:
             rows += [row for row in blocks.drop_blocks(rounds, warmup) if wanted(row.variant, quick=True)]
         elif name == "drop-path":
             steps = 3 if options.quick else blocks.WARMUP
-            rows += [row for row in blocks.stochastic_depth(rounds, steps) if wanted(row.variant, quick=True)]
+            measured = blocks.stochastic_depth(rounds, steps, large=not options.quick)
+            rows += [row for row in measured if wanted(row.variant, quick=True)]
         elif name == "compact":
-            rows += compact.measure([each for each in compact.NETWORKS if wanted(each, quick=True)], rounds, warmup)
+            these = [each for each in compact.NETWORKS if wanted(each, quick=each not in compact.WIDE)]
+            rows += compact.measure(these, rounds, warmup)
         elif name == "mc-predict":
             cases = [case for case in prediction.CASES if wanted(case.name, case.quick)]
             rows += prediction.measure(cases, rounds, warmup) if cases else []

@@ -51,6 +51,8 @@ def test_a_cell_gives_sizes_errors_and_times(cell: dict[str, Any]) -> None:
     assert pairs == [("torch", 1), ("torch", 256), ("onnxruntime", 1), ("onnxruntime", 256)]
     assert all(each["ms_dense"] > 0 and each["time_ratio"] > 0 for each in timed)
     assert compact.summarise([result([row, *timed])])[-1]["networks"] == 1
+    groups = [row["group"] for row in compact.summarise([result([row, *timed])]) if row["table"] == "worst"]
+    assert groups == ["wide" if cell["network"] in compact.WIDE else "small", "all"]
 
 
 def test_validation_chooses_the_least_work_that_is_near_enough() -> None:

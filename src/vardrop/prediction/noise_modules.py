@@ -44,7 +44,7 @@ class Source:
 
 
 class Survey(NamedTuple):
-    """What is to be done with a model: all of its modules, those to switch on, sources of noise, what stays off, why."""
+    """What is to be done with a model: its modules, which to switch on, the noise, what stays off and why."""
 
     names: dict[nn.Module, str]
     on: dict[nn.Module, str]
