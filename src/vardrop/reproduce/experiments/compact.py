@@ -39,7 +39,7 @@ THRESHOLD = 3.0  # of log α
 ALLOWED = 0.5  # points of validation error
 SHARES = {  # of the divergence: tried on validation images
     "LeNet-300-100": (0.3, 1.0), "LeNet-5": (0.1, 0.2), "ResNet": (1.0, 2.0), "transformer": (0.3, 0.6),
-    "MLP of 1000": (0.03, 0.1), "ResNet of 64": (0.1,), "transformer of 256": (0.02, 0.06),
+    "MLP of 1000": (0.03, 0.1), "ResNet of 64": (0.1,), "transformer of 256": (0.005, 0.02),
 }  # fmt: skip
 WIDE = ("MLP of 1000", "LeNet-5", "ResNet of 64", "transformer of 256")  # one example computes longer than it calls
 BATCHES = (1, 256)
