@@ -242,6 +242,35 @@ def test_noise_that_is_not_torchs_is_drawn_for_every_pass() -> None:
         assert 0.2 < (found.samples.mean((1, 2)) > 50).float().mean() < 0.8
 
 
+def test_code_of_others_is_seen_wherever_it_is() -> None:
+    def rolls(*_: object) -> None:
+        random.random()
+
+    def net() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.5))
+
+    class Mine(nn.Linear):
+        pass
+
+    hooked, before, written, ours = net(), net(), net(), net()
+    hooked[0].register_forward_hook(rolls)
+    before[0].register_forward_pre_hook(rolls)
+    written[0].forward = lambda x: rolls() or F.linear(x, written[0].weight)  # type: ignore[method-assign]
+    vd.convert_(ours, vd.VariationalDropout())
+    for model in (hooked, before, written):
+        assert vd.mc_predict(model, X, 10).engine == "loop"
+        assert vd.mc_predict(model, X, 10, engine="loop").passes == 10
+    assert seeds.may_be_foreign(nn.Sequential(Mine(2, 2)))
+    assert not seeds.may_be_foreign(net())
+    assert not seeds.may_be_foreign(ours)
+    handle = nn.modules.module.register_module_forward_hook(rolls)
+    try:
+        assert vd.mc_predict(net(), X, 10).engine == "loop"
+    finally:
+        handle.remove()
+    assert vd.mc_predict(net(), X, 10).engine == "vmap"
+
+
 def test_recurrent_dropout_runs_at_once_and_varies() -> None:
     class Last(nn.Module):
         def __init__(self) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import _remove_batch_dim
-from torch._functorch.vmap import lazy_load_decompositions
+from torch._functorch.vmap import lazy_load_decompositions  # type: ignore[attr-defined]
 
 from vardrop.memory import keep_freed
 from vardrop.prediction import chunks, seeds
@@ -64,6 +64,7 @@ class Engine:
         self._asked, self._max_memory = chunk, max_memory
         self._sizes: dict[Any, int] = {}  # shapes of a batch -> passes at once
         self._keeps_prefix = True
+        self._watches = seeds.may_be_foreign(model)
         keep_freed()
 
     def run(self, call: Call, samples: int, take: Take) -> None:
@@ -97,7 +98,7 @@ class Engine:
         while done < samples and not self.silent:
             count = min(trial, samples - done) if trial else chunks.even(samples - done, size or 1)
             only = done + count == samples and not done and trial < 2
-            before = None if done else seeds.foreign()
+            before = None if done or not self._watches else seeds.foreign()
             with self._memory(call, prefix, count, measure=trial > 0 or done == 0) as memory:
                 try:
                     prefix.passes = count if trial > 1 and not done else 1
@@ -106,7 +107,7 @@ class Engine:
                     prefix = Prefix(batched=True)
                     trial = self._sizes[shape] = 1
                     continue
-                if not done and seeds.foreign() != before:
+                if before is not None and seeds.foreign() != before:
                     raise Refused("the model draws from Python's or numpy's random numbers, which know nothing of vmap")
                 place = piece[self.main].device
                 take(piece)
@@ -143,11 +144,11 @@ class Engine:
         prefix = Prefix(batched=False)
         waiting: list[Outputs] = []
         for index in range(samples):
-            before = seeds.foreign() if index < 2 else None
+            before = seeds.foreign() if index < 2 and self._watches else None
             with self._memory(call, prefix, 1, measure=index == 0):
                 self.main, found = self._with(prefix)
                 waiting.append(found)
-            if index < 2 and seeds.foreign() != before:
+            if before is not None and seeds.foreign() != before:
                 prefix.forget()
                 prefix.random = True
             if index == 1 and not prefix.random:

@@ -9,6 +9,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 
 def draw(generator: torch.Generator | None) -> int:
@@ -45,6 +47,17 @@ def sow(seed: int, devices: list[torch.device]) -> None:
             continue
         with module.device(device):
             module.manual_seed(seed)
+
+
+def may_be_foreign(model: nn.Module) -> bool:
+    """Whether code of others runs, in a class or a hook: torch's and ours draws from torch's generators alone."""
+    return _has_any_global_hook() or any(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or "forward" in vars(module)
+        or not all(base.__module__.startswith(("torch.nn.", "vardrop.", "builtins")) for base in type(module).__mro__)
+        for module in model.modules()
+    )
 
 
 def foreign() -> tuple[Any, ...]:
