@@ -297,11 +297,11 @@ def test_too_little_memory_halves_the_chunk(monkeypatch: pytest.MonkeyPatch) -> 
     counts: list[int] = []
     at_once = Engine._at_once
 
-    def limited(self: Engine, count: int, prefix: Any) -> Any:
+    def limited(self: Engine, count: int, *args: Any) -> Any:
         counts.append(count)
         if count > 5:
             raise torch.OutOfMemoryError("full")
-        return at_once(self, count, prefix)
+        return at_once(self, count, *args)
 
     monkeypatch.setattr(Engine, "_at_once", limited)
     found = vd.mc_predict(classifier(), X, 20)
@@ -617,3 +617,28 @@ def test_a_forward_that_writes_to_its_input_sees_the_input_in_every_pass(careles
     error = (wanted.variance / 3000 * 2).sqrt()
     assert ((got.mean - wanted.mean) / error).abs().max() < 5
     torch.testing.assert_close(got.std, wanted.std, rtol=0.1, atol=0)
+
+
+class Jitter(nn.Module):
+    """Noise that is never 0, so that what comes behind it differs from pass to pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0.01 * torch.randn_like(x)
+
+
+@pytest.mark.parametrize("shape", ["contiguous", "channels last", "noisy already"])
+@pytest.mark.parametrize(("kind", "units"), [(nn.Dropout, 1), (nn.Dropout2d, 30)])
+def test_masks_are_drawn_for_all_passes_at_once(kind: Callable[[float], nn.Module], units: int, shape: str) -> None:
+    """Outside of vmap as inside of it: the law, and which dimensions share a draw."""
+    x = torch.ones(3, 4, 5, 6)
+    x = x.contiguous(memory_format=torch.channels_last) if shape == "channels last" else x
+    model = nn.Sequential(Jitter(), kind(0.25)) if shape == "noisy already" else kind(0.25)
+    found = vd.mc_predict(model, x, 400, generator=generator())
+    assert found.engine == "vmap"
+    assert found.samples is not None
+    zero = found.samples == 0
+    maps = zero.flatten(3)
+    assert bool((maps.all(-1) | ~maps.any(-1)).all()) == (units > 1)
+    error = math.sqrt(0.25 * 0.75 / (zero.numel() / units))
+    assert abs(zero.double().mean() - 0.25) < 5 * error
+    assert not torch.equal(zero[0], zero[1])

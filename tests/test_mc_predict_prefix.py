@@ -165,7 +165,7 @@ def test_a_model_that_changes_its_mind_is_run_in_full(code: Any) -> None:
 def test_only_what_is_needed_is_held() -> None:
     net = nn.Sequential(nn.Linear(10, 1000), nn.ReLU(), nn.Linear(1000, 5), nn.Dropout(0.5)).train()
     x = torch.randn(100, 10)
-    prefix = Prefix(batched=False)
+    prefix = Prefix()
     with torch.no_grad():
         for _ in range(2):
             with prefix:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import vardrop as vd
 from tests.layer_contract import LAYERS, Layer
+from vardrop.prediction import noise_mode
 from vardrop.prediction.noise_mode import attention
 
 Mode = Callable[[], torch.autograd.grad_mode._DecoratorContextManager]
@@ -764,3 +765,17 @@ def test_layers_with_fused_kernels_are_on_where_there_is_noise_in_them_and_nowhe
     silent = nn.Sequential(encoder_layer(0.0), nn.Linear(2, 2)).eval()
     with vd.stochastic(silent):
         assert not silent[0].self_attn.training
+
+
+def test_watching_needs_an_open_block() -> None:
+    seen: list[object] = []
+    words = "a block must be open where functions are watched, got none; open one"
+    with pytest.raises(RuntimeError, match=words), noise_mode.watched(seen.append):
+        pass
+    x = torch.ones(2)
+    with vd.stochastic(nn.Dropout(0.5)):
+        with noise_mode.watched(seen.append):
+            y = torch.relu(x)
+        torch.relu(x)
+    assert len(seen) == 1
+    assert seen[0] is y

@@ -8,7 +8,7 @@ first chunk for the others.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from torch._functorch.vmap import lazy_load_decompositions  # type: ignore[attr-
 
 from vardrop.memory import keep_freed
 from vardrop.prediction import chunks, seeds
-from vardrop.prediction.prefix import Prefix, TooMany
+from vardrop.prediction.noise_mode import watched
+from vardrop.prediction.prefix import Prefix, Sizes, TooMany
 from vardrop.prediction.structure import Call, Inputs, Select, named
 
 Outputs = dict[str, Tensor]  # name -> [passes, N, ...]
@@ -94,17 +95,19 @@ class Engine:
         if size is None:
             fits = self._max_memory is None and samples <= chunks.at_first(_tensors(call))
             trial = self._sizes[shape] = samples if fits else 1
-        prefix = Prefix(batched=True, notes=trial < samples)
+        sizes = Sizes()
+        prefix = Prefix(sizes)
         while done < samples and not self.silent:
             count = min(trial, samples - done) if trial else chunks.even(samples - done, size or 1)
-            only = done + count == samples and not done and trial < 2
+            only = count == samples  # no chunk will follow that could be answered from notes
             before = None if done or not self._watches else seeds.foreign()
             with self._memory(call, prefix, count, measure=trial > 0 or done == 0) as memory:
                 try:
-                    prefix.passes = count if trial > 1 and not done else 1
-                    piece = self._at_once(count, None if only else prefix)
+                    sizes.passes = count if trial > 1 and not done else 1
+                    piece = self._at_once(count, None if only else prefix, sizes)
                 except TooMany:
-                    prefix = Prefix(batched=True)
+                    sizes = Sizes()
+                    prefix = Prefix(sizes)
                     trial = self._sizes[shape] = 1
                     continue
                 if before is not None and seeds.foreign() != before:
@@ -115,16 +118,17 @@ class Engine:
             done += count
             self.chunk = max(self.chunk, count)
             if trial:
-                size = min(samples, chunks.for_cache(prefix.largest, place))
+                size = min(samples, chunks.for_cache(sizes.largest, place))
                 if memory is not None and self._max_memory is not None:
                     size = min(size, chunks.for_memory(self._max_memory, prefix.held(), memory.most_since, count))
                 trial = 2 if trial == 1 and memory is not None and size > 1 else 0  # one pass has no strides of its own
                 self._sizes[shape] = size
         self.answered += prefix.answered
 
-    def _at_once(self, count: int, prefix: Prefix | None) -> Outputs:
+    def _at_once(self, count: int, prefix: Prefix | None, sizes: Sizes) -> Outputs:
+        watch = watched(sizes.look_at) if sizes.passes > 1 else nullcontext()
         try:
-            with _passes_at_once(count) as level:
+            with _passes_at_once(count) as level, watch:
                 self.main, found = self._with(prefix)
                 main = found[self.main]
                 self.silent = main.numel() > 0 and not chunks.is_batched(main)
@@ -132,16 +136,16 @@ class Engine:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            if prefix is None or not prefix.gave_up:
+            if not sizes.gave_up:
                 raise Refused(_in_short(error)) from error
-        if prefix is not None and prefix.gave_up:  # whatever the model made of it
+        if sizes.gave_up:  # whatever the model made of it
             raise TooMany
         return found
 
     # ------------------------------------------------------------------------------------------------------- loop
 
     def _loop(self, call: Call, samples: int, take: Take) -> None:
-        prefix = Prefix(batched=False)
+        prefix = Prefix()
         waiting: list[Outputs] = []
         for index in range(samples):
             before = seeds.foreign() if index < 2 and self._watches else None

@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch as functorch
 from torch._C import _len_torch_function_stack
 from torch._C._functorch import CVmapInterpreterPtr, RandomnessType, TransformType
 from torch.nn import functional as F
@@ -53,12 +55,17 @@ class NoiseMode(TorchFunctionMode):
         super().__init__()
         self.blocks: list[Block] = []
         self.thread = threading.get_ident()
+        self.look_at: Callable[[Any], None] | None = None  # gets what every function returns
 
     def __torch_function__(self, func: Any, types: Any, args: Args = (), kwargs: Kwargs | None = None) -> Any:
         handle = _HANDLED.get(func)
         if handle is None or not self.blocks:
-            return func(*args, **(kwargs or {}))
-        return handle(self, func, args, kwargs or {})
+            out = func(*args, **(kwargs or {}))
+        else:
+            out = handle(self, func, args, kwargs or {})
+        if self.look_at is not None:
+            self.look_at(out)
+        return out
 
     def caller(self) -> tuple[Block, nn.Module] | None:
         """The innermost module of a block whose code is running, and its block."""
@@ -112,6 +119,19 @@ def close_block(mode: NoiseMode, block: Block) -> None:
         _push_mode(other)
 
 
+@contextmanager
+def watched(look_at: Callable[[Any], None]) -> Iterator[None]:
+    """Have what every function returns looked at, in this thread, while a block is open."""
+    mode = _here.mode
+    if mode is None:
+        raise RuntimeError("vardrop.stochastic: a block must be open where functions are watched, got none; open one")
+    before, mode.look_at = mode.look_at, look_at
+    try:
+        yield
+    finally:
+        mode.look_at = before
+
+
 # -------------------------------------------------------------------------------------------------------- functions
 
 
@@ -127,7 +147,32 @@ def _dropout(mode: NoiseMode, func: Any, args: Args, kwargs: Kwargs) -> Any:
         return func(*args, **kwargs)
     if dimensions not in (0, x.ndim) or (not torch.compiler.is_compiling() and _passes() * x.numel() < _SMALL):
         return func(*args, **kwargs)
-    return drop(x, p, shared=range(2, dimensions))
+    return _drop(x, p, range(2, dimensions))
+
+
+def _drop(x: Tensor, p: float, shared: range) -> Tensor:
+    """:func:`vardrop.functional.drop`; where one vmap is going on, outside of it for all samples: fewer calls."""
+    transform = _transform()
+    if transform is None or torch.compiler.is_compiling() or torch.is_grad_enabled() or transform.level() != 1:
+        return drop(x, p, shared)
+    if transform.key() != TransformType.Vmap or _randomness(transform) != RandomnessType.Different:
+        return drop(x, p, shared)
+    if not functorch.is_batchedtensor(x) and not x.is_contiguous():
+        return drop(x, p, shared)
+    stack = functorch.pop_dynamic_layer_stack()
+    try:
+        if functorch.is_batchedtensor(x):
+            samples = functorch.get_unwrapped(x).movedim(functorch.maybe_get_bdim(x), 0)
+        else:
+            samples = x.expand(CVmapInterpreterPtr(transform).batchSize(), *x.shape).contiguous()
+        found = drop(samples, p, [axis + 1 for axis in shared])
+    finally:
+        functorch.push_dynamic_layer_stack(stack)
+    return functorch._add_batch_dim(found, 0, 1)
+
+
+def _randomness(transform: Any) -> Any:
+    return CVmapInterpreterPtr(transform).randomness()
 
 
 _SMALL = 2048  # units, below which torch's masks cost less
@@ -230,7 +275,7 @@ def _fresh(mode: NoiseMode, func: Any, args: Args, kwargs: Kwargs) -> Any:
     transform = _transform()
     if transform is None or transform.key() != TransformType.Vmap or not _is_plain(x):
         return x
-    if CVmapInterpreterPtr(transform).randomness() != RandomnessType.Different:
+    if _randomness(transform) != RandomnessType.Different:
         return x
     return torch.randint(1, x.shape, dtype=x.dtype, device=x.device, requires_grad=x.requires_grad)
 

@@ -66,38 +66,57 @@ class _Draws(TorchDispatchMode):
         return False  # or torch would load its compiler, for seconds, only to keep it away from here
 
 
+class Sizes:
+    """How large the noisy tensors are, under vmap.
+
+    Attributes:
+        largest: bytes of one pass of the largest noisy tensor.
+        gave_up: whether there were too many passes at once.
+        passes: how many run at once, if they are to be given up when a tensor is too large for so many.
+    """
+
+    def __init__(self) -> None:
+        self.largest = 0
+        self.gave_up = False
+        self.passes = 1
+
+    def look_at(self, out: Any) -> None:
+        """What a function has returned."""
+        for tensor in _tensors(out):
+            if is_batched(tensor) and (size := tensor.nbytes) > self.largest:
+                self.largest = size
+                if too_many(self.passes, size, tensor.device):
+                    self.gave_up = True
+                    raise TooMany
+
+
 class Prefix(TorchFunctionMode):
     """The notes of one batch. Entered for every chunk of passes: the first writes, the others read.
 
     Args:
-        batched: whether the passes run under vmap, where a tensor that noise has reached is known by its axis of
-            passes; else random operations are looked for.
-        notes: whether other chunks will follow; else nothing is written, and only sizes are looked at.
+        sizes: what looks at the results under vmap, where a tensor that noise has reached is known by its axis of
+            passes; None in the loop, where random operations are looked for.
 
     Attributes:
         random: whether noise was met while writing.
-        largest: bytes of one pass of the largest noisy tensor; only known under vmap.
         deviated: whether the last chunk has to be made again.
-        gave_up: whether there were too many passes at once.
         useful: whether there is something to write, or to read.
         answered: how many calls were answered from the notes.
         at_noise: called when the noise begins, while writing.
-        passes: how many run at once, if they are to be given up when a tensor is too large for so many.
     """
 
-    def __init__(self, batched: bool, notes: bool = True) -> None:
+    def __init__(self, sizes: Sizes | None = None) -> None:
         super().__init__()
-        self.random = self.deviated = self.gave_up = False
+        self.random = self.deviated = False
         self.useful = True
-        self.largest = self.answered = 0
+        self.answered = 0
         self.at_noise: Callable[[], None] = _nothing
-        self.passes = 1
-        self._batched = batched
+        self._sizes = sizes
         self._notes: list[_Note] = []
         self._numbers = WeakIdKeyDictionary()
         self._tensors: list[Any] = []  # by number: weak where the model made them, until the notes are complete
         self._versions: list[tuple[Tensor, int]] = []
-        self._do: Callable[[Any, Any, Any], Any] = self._write if notes else self._carry_out
+        self._do: Callable[[Any, Any, Any], Any] = self._write
         self._place = 0
 
     def __enter__(self) -> Prefix:
@@ -134,24 +153,16 @@ class Prefix(TorchFunctionMode):
 
     def _carry_out(self, func: Any, args: Any, kwargs: Any) -> Any:
         out = func(*args, **kwargs)
-        if self._batched:
+        if self._sizes is not None:
             with torch._C.DisableTorchFunction():  # other modes have no say in what is only looked at
-                self._look_at(out)
+                self._sizes.look_at(out)
         return out
-
-    def _look_at(self, out: Any) -> None:
-        for tensor in _tensors(out):
-            if is_batched(tensor) and (size := tensor.nbytes) > self.largest:
-                self.largest = size
-                if too_many(self.passes, size, tensor.device):
-                    self.gave_up = True
-                    raise TooMany
 
     # ---------------------------------------------------------------------------------------------------- writing
 
     def _write(self, func: Any, args: Any, kwargs: Any) -> Any:
         arguments = self._described((args, kwargs))
-        if self._batched:
+        if self._sizes is not None:
             out = self._carry_out(func, args, kwargs)
             self.random = any(map(is_batched, _tensors(out)))
         else:
