@@ -127,3 +127,10 @@ def test_the_first_word_of_a_name_is_its_kind() -> None:
     assert [(layer.in_features, layer.out_features) for layer in linear] == [(784, 7), (7, 5), (5, 3), (3, 10)]
     assert isinstance(kind("transformer of 8", 2, 8, 1, 2, 16), _compact.BandEncoder)
     assert any(isinstance(module, nn.BatchNorm2d) for module in kind("ResNet of 4", 1, 4).modules())
+
+
+def test_what_collapsed_is_not_drawn_and_counted() -> None:
+    rows = [*time_rows(0.1, 0.4, (1.0, 0.4)), *time_rows(0.2, 1e-6, (0.2, 0.1))]
+    drawn = compact.figure([result(rows)], [])
+    assert drawn.get_suptitle() == "not drawn: 1 that collapsed, with less than 1% left"
+    assert len(drawn.axes[0].collections[0].get_offsets()) == 1

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 THRESHOLD = 3.0  # of log α
 ALLOWED = 0.5  # points of validation error
+DRAWN = 0.01  # of the work: where less is left the network has collapsed
 SHARES = {  # of the divergence: tried on validation images
     "LeNet-300-100": (0.3, 1.0), "LeNet-5": (0.1, 0.2), "ResNet": (1.0, 2.0), "transformer": (0.3, 0.6),
     "MLP of 1000": (0.03, 0.1), "ResNet of 64": (0.1,), "transformer of 256": (0.005, 0.02),
@@ -217,10 +218,12 @@ def _choice(rows: list[Row]) -> Row:
 
 
 def figure(results: list[Result], claims: list[Claim]) -> Figure:
-    """Ratio of times against ratio of multiply-adds, of all networks that were trained."""
+    """Ratio of times against ratio of multiply-adds, of the networks of which something is left."""
     from matplotlib.figure import Figure
 
-    rows = [row for result in results for row in result.rows if row["table"] == "times"]
+    every = [row for result in results for row in result.rows if row["table"] == "times"]
+    rows = [row for row in every if row["work_ratio"] >= DRAWN]
+    gone = len(every) - len(rows)
     panels = [(engine, batch) for engine in ENGINES for batch in sorted({row["batch"] for row in rows})]
     drawn = Figure(figsize=(9, 7.6), layout="constrained")
     grid = drawn.subplots(len(ENGINES), len(panels) // len(ENGINES), sharex=True, sharey=True)
@@ -233,6 +236,10 @@ def figure(results: list[Result], claims: list[Claim]) -> Figure:
         axes.plot(ends, ends, color="C7", linewidth=0.8, label="in proportion")
         axes.plot(ends, [1.5 * end for end in ends], color="C7", linewidth=0.8, linestyle="--", label="1.5 times that")
         axes.set(xscale="log", yscale="log", title=f"{engine}, batch {batch}")
+    if gone:
+        drawn.suptitle(
+            f"not drawn: {gone // len(panels)} that collapsed, with less than {DRAWN:.0%} left", fontsize="small"
+        )
     for axes in grid[:, 0]:
         axes.set_ylabel("time left")
     for axes in grid[-1]:
