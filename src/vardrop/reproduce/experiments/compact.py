@@ -244,7 +244,7 @@ def figure(results: list[Result], claims: list[Claim]) -> Figure:
         axes.set_ylabel("time left")
     for axes in grid[-1]:
         axes.set_xlabel("multiply-adds left")
-    grid[0, -1].legend(fontsize="small")
+    grid[0, -1].legend(fontsize="x-small", loc="lower right")
     return drawn
 
 
