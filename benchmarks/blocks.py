@@ -159,7 +159,7 @@ def stochastic_depth(rounds: int, warmup: int, examples: int = 64, large: bool =
         ("transformer", DEPTH, transformer, torch.randn(examples // 2, TOKENS, WIDTH)),
     ]
     if large:
-        cases.append(("transformer of 384", 4, deit, torch.randn(examples // 8, 196, 384)))
+        cases.append(("transformer of 384", 4, deit, torch.randn(max(1, examples // 8), 196, 384)))
     for model, depth, network, x in cases:
         share = sum(survival_rates(depth, last=0.5)) / depth
         notes = {

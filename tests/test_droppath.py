@@ -577,7 +577,7 @@ def test_the_representation_tells_what_is_not_default() -> None:
 def test_the_benchmark_measures_what_it_says() -> None:
     pytest.importorskip("timm.layers")
     modes, narrow = ("row", "batch"), "convolutions of 32"
-    models = (narrow, f"{narrow}, twice the examples", "convolutions of 64", "transformer")
+    models = (narrow, f"{narrow}, twice the examples", "convolutions of 64", "transformer", "transformer of 384")
     rows = blocks.drop_blocks(1, 0, shape=(2, 3, 9, 8)) + blocks.stochastic_depth(1, 0, examples=3)
     assert {row.variant: row.goal for row in rows if row.goal} == {
         "drop_block": 0.1,
