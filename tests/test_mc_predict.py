@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -642,3 +642,30 @@ def test_masks_are_drawn_for_all_passes_at_once(kind: Callable[[float], nn.Modul
     error = math.sqrt(0.25 * 0.75 / (zero.numel() / units))
     assert abs(zero.double().mean() - 0.25) < 5 * error
     assert not torch.equal(zero[0], zero[1])
+
+
+class Seen(Tensor):
+    """A tensor with functions of its own, as data sets may give."""
+
+    calls = 0
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        Seen.calls += func is torch.mul
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_code_of_others_runs_with_functions_of_its_own() -> None:
+    """In the loader and in select, as everywhere."""
+
+    def batches() -> Iterator[Tensor]:
+        for _ in range(2):
+            yield torch.mul(X.as_subclass(Seen), 1).as_subclass(Tensor)
+
+    def chosen(output: Tensor) -> Tensor:
+        torch.mul(X.as_subclass(Seen), 1)
+        return output
+
+    Seen.calls = 0
+    vd.mc_predict(classifier(), batches(), 4, select=chosen, engine="loop")
+    assert Seen.calls == 2 + 2 * 4

@@ -186,9 +186,8 @@ class Engine:
         return self._passes(self._inputs.fresh())
 
     def _passes(self, call: Call) -> Named:
-        with torch._C._EnableTorchFunction():  # the noise is for the model, and everything around it runs without
-            output = self.model(*call.args, **call.kwargs)
-        return named(output, self.select)
+        with torch._C._EnableTorchFunction():  # for the code of others; what is ours runs without modes
+            return named(self.model(*call.args, **call.kwargs), self.select)
 
     @contextmanager
     def _memory(self, call: Call, prefix: Prefix, count: int, measure: bool) -> Iterator[chunks.Peak | None]:

@@ -100,12 +100,12 @@ def mc_predict(
         own = torch.Generator().manual_seed(seeds.draw(generator))
         stack.enter_context(seeds.lent(devices))
         bar = stack.enter_context(Bar(progress, several, x, samples))
-        stack.enter_context(torch._C.DisableTorchFunction())
         if "torch._dynamo" in sys.modules:  # a compiled model runs as it was written
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for call in _calls(x, several, place):
             seed = seeds.draw(own)
-            found = _batch(runner, call, samples, (outputs, class_dim, keep), seed, devices, noise, bar)
+            with torch._C.DisableTorchFunction():  # the mode of noise is for the model, not for what is around it
+                found = _batch(runner, call, samples, (outputs, class_dim, keep), seed, devices, noise, bar)
             for name, summary in found.items():
                 whole.setdefault(name, []).append(summary.to("cpu") if several else summary)
     if not whole:
