@@ -285,12 +285,12 @@ def test_tables_positions_and_attention_lose_channels(by_hand: bool) -> None:
     if by_hand:
         assert (small.out.out_features, small.out.in_features) == (5, 8)
     else:
-        assert (small.attention.out_proj.out_features, small.attention.q.in_features) == (5, 8)
+        assert (small.attention.out_proj.out_features, small.attention.in_features) == (5, (8, 8, 8))
     unread(model.attention, model.qkv, model.up, model.head)
     small = vd.compact(model, ids)
     torch.testing.assert_close(small(ids), model(ids))
     assert (small.up.in_features, small.head.in_features) == (5, 5)
-    assert (small.qkv if by_hand else small.attention.q).in_features == 5
+    assert small.qkv.in_features == 5 if by_hand else small.attention.in_features == (5, 5, 5)
 
 
 def test_constants_are_folded_into_the_projections_of_attention() -> None:
@@ -313,7 +313,7 @@ def test_constants_are_folded_into_the_projections_of_attention() -> None:
     torch.testing.assert_close(small(x, mask), model(x, mask))
     attention = small.attention
     assert isinstance(attention, CompactAttention)
-    assert [layer.in_features for layer in (attention.q, attention.k, attention.v)] == [4, 4, 4]
+    assert attention.in_features == (4, 4, 4)
 
 
 LEFT: dict[str, Callable[..., Any]] = {
@@ -401,7 +401,7 @@ def test_the_stream_of_an_encoder_gets_narrower(norm_first: bool, final: bool) -
     layer = small.encoder.layers[1]
     assert isinstance(small.encoder, Encoder)
     assert isinstance(layer, EncoderLayer)
-    assert (layer.linear1.in_features, layer.linear2.out_features, layer.self_attn.q.in_features) == (5, 5, 5)
+    assert (layer.linear1.in_features, layer.linear2.out_features, layer.self_attn.in_features[0]) == (5, 5, 5)
     assert (small.stem.out_features, small.head.in_features) == (5, 5)
     small = vd.compact(model, (x, padding))
     torch.testing.assert_close(small(x, padding), model(x, padding))

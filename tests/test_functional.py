@@ -12,7 +12,8 @@ from torch.func import vmap
 
 from contract import assert_mean
 from vardrop import functional as F
-from vardrop.functional import _at_least, drop
+from vardrop.functional import drop
+from vardrop.masks import _at_least
 
 RATES = [0.001, 0.1, 1 / 3, 0.5, 0.9]
 NOISES = ["bernoulli", "gaussian"]
@@ -61,8 +62,8 @@ def test_every_level_of_the_bits(dtype: torch.dtype) -> None:
         assert int(kept.sum()) == 2 * half - number
 
 
-@pytest.mark.parametrize(("p", "units"), [(0.5, 8), (0.25, 8), (255 / 256, 8), (0.2, 4), (1 / 512, 4)])
-def test_rates_of_eight_bits_take_half_the_draws(p: float, units: int) -> None:
+@pytest.mark.parametrize(("p", "units"), [(0.5, 56), (0.25, 8), (255 / 256, 8), (0.2, 4), (1 / 512, 4)])
+def test_rates_of_few_bits_take_few_draws(p: float, units: int) -> None:
     """Seen by the generator: as many draws of words leave it in the same state."""
     one, other = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
     drop(torch.ones(1001), p, generator=one)
@@ -101,6 +102,23 @@ def test_draws_are_independent() -> None:
     d = factors(0.3) - 1
     for lag in (1, 2, 3, 4, 5):
         assert_mean(d[lag:] * d[:-lag], torch.zeros(()), f"covariance at distance {lag}")
+
+
+@pytest.mark.parametrize("count", [1, 6, 7, 8, 4096, 100_003])
+def test_coins_are_fair_and_independent_whichever_bit_they_have(count: int) -> None:
+    """Seven units share a byte, a seventh of all apart: at the rate 1/2 each of them has a bit of its own."""
+    trials = max(40, 400_000 // count)
+    seen = torch.stack([drop(torch.ones(count), 0.5) for _ in range(trials)])
+    assert sorted(seen.unique().tolist()) == [0.0, 2.0]
+    d = seen - 1
+    assert_mean(d.flatten(), torch.zeros(()), "mean")
+    each = -(-count // 7)
+    for bit in range(-(-count // each)):
+        rows = d[:, bit * each : (bit + 1) * each]
+        assert_mean(rows.flatten(), torch.zeros(()), f"mean of bit {bit}")
+        for other in range(bit):
+            both = rows * d[:, other * each : (other + 1) * each][:, : rows.shape[1]]
+            assert_mean(both.flatten(), torch.zeros(()), f"covariance of the bits {other} and {bit}")
 
 
 @every_noise

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import vardrop as vd
 from tests.layer_contract import LAYERS, Layer
 from vardrop.prediction import noise_mode
-from vardrop.prediction.noise_mode import attention
+from vardrop.prediction.noise_functions import attention
 
 Mode = Callable[[], torch.autograd.grad_mode._DecoratorContextManager]
 MODES = [torch.no_grad, torch.inference_mode, torch.enable_grad]

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from vardrop.half import real_type, wide_type
+from vardrop.masks import bernoulli, from_generator, inverse, memory_order
 from vardrop.products import linear
 
 __all__ = ["concrete", "drop", "drop_types", "gaussian", "moments_linear", "moments_relu"]
-
-_LEVELS = 1 << 16  # rates are multiples of 2^-16: sixteen random bits for every draw, four draws in an int64
-_FEW = 1 << 8  # and of 2^-8, such as 1/2: eight bits
 
 
 def drop(
@@ -32,9 +30,9 @@ def drop(
     .. math:: y = x \circ \varepsilon, \quad E[\varepsilon] = 1, \quad Var[\varepsilon] = \alpha = \frac{p}{1-p}
 
     ``"bernoulli"``: ε is 0 with probability p and else 1 / (1 − p) (Srivastava et al. 2014, inverted). p is rounded to
-    the nearest multiple of 2⁻¹⁶ that is neither 0 nor 1, which sixteen random bits can have exactly (eight for 1/2 or
-    1/4), and the scale is that of the rounded rate: the mean is x without bias. For p = 1 there is no such scale, and
-    y = 0.
+    the nearest multiple of 2⁻¹⁶ that is neither 0 nor 1, which sixteen random bits can have exactly (eight for 1/4 or
+    3/4, one for 1/2), and the scale is that of the rounded rate: the mean is x without bias. For p = 1 there is no such
+    scale, and y = 0.
 
     ``"gaussian"``: ε ~ N(1, α) (section 10 of the same paper), for p < 1.
 
@@ -90,8 +88,14 @@ def drop(
     sizes = _sizes(x, shared)
     if noise == "gaussian":
         return _jitter(x, (rate / (1 - rate)) ** 0.5, sizes, generator)
-    kept, scale = _bernoulli(sizes, rate, x, generator)
+    return times(x, *bernoulli(sizes, rate, x, generator))
+
+
+def times(x: Tensor, kept: Tensor, scale: float | Tensor | None) -> Tensor:
+    """x times a mask and its scale, as :func:`vardrop.masks.bernoulli` gives them."""
     y = x * kept
+    if scale is None:
+        return y
     return y.mul_(scale) if isinstance(scale, float) else y * scale
 
 
@@ -160,11 +164,11 @@ def concrete(
     """
     if not temperature > 0:
         raise ValueError(f"vardrop.functional.concrete: temperature must be above 0, got {temperature}")
-    wide = _wide(x)
+    wide = wide_type(x)
     logit = rate_logit.to(wide)
     u = torch.rand(_sizes(x, shared), dtype=wide, device=x.device, **from_generator(generator))
     z = torch.sigmoid((logit + torch.logit(u, eps=torch.finfo(wide).eps)) / temperature)
-    return x * ((1 - z) / torch.sigmoid(-logit)).to(_real(x))
+    return x * ((1 - z) / torch.sigmoid(-logit)).to(real_type(x))
 
 
 def drop_types(
@@ -201,7 +205,7 @@ def drop_types(
             "vardrop.functional.drop_types: tokens must have the shape of x without its last dimension, got "
             f"{tuple(tokens.shape)} for x of shape {tuple(x.shape)}"
         )
-    factors = x.new_ones((), dtype=_real(x)).expand(*tokens.shape[:-1], num_types)
+    factors = x.new_ones((), dtype=real_type(x)).expand(*tokens.shape[:-1], num_types)
     factors = drop(factors, rate, generator=generator)
     return x * factors.gather(-1, tokens).unsqueeze(-1)
 
@@ -288,65 +292,16 @@ def _known(rate: float | Tensor) -> float | Tensor:
         return rate
 
 
-def _bernoulli(
-    sizes: list[int], rate: float | Tensor, x: Tensor, generator: torch.Generator | None
-) -> tuple[Tensor, float | Tensor]:
-    """Ones, with probability 1 − rate, and zeros, in the memory order of x; and the scale that makes their mean 1.
-
-    Ones are bytes: all that autograd keeps for the backward pass.
-    """
-    if isinstance(rate, Tensor):
-        bits = _bits(sizes, torch.int16, x, generator)
-        level = (rate * _LEVELS).round().clamp(max=_LEVELS - 1)
-        kept = (bits >= (level - _LEVELS // 2).to(torch.int16)).to(torch.uint8)
-        return kept, torch.where(rate == 1, 0.0, _LEVELS / (_LEVELS - level.to(_wide(x))))
-    number = min(max(round(rate * _LEVELS), 1), _LEVELS - 1)
-    scale = 0.0 if rate == 1 else _LEVELS / (_LEVELS - number)
-    if number % _FEW:
-        lowest = number - _LEVELS // 2  # of the bits that are kept
-        return _at_least(_bits(sizes, torch.int16, x, generator), lowest).to(torch.uint8), scale
-    lowest = number // _FEW - _FEW // 2
-    return _at_least(_bits(sizes, torch.int8, x, generator), lowest).view(torch.uint8), scale
-
-
-def _bits(sizes: list[int], dtype: torch.dtype, x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Random bits, all those of every integer, in the memory order of x."""
-    order = _order(x)
-    stored = [sizes[axis] for axis in order]
-    count, each = math.prod(stored), 8 // dtype.itemsize
-    size = ((count + each - 1) // each,)
-    words = torch.randint(-(1 << 63), (1 << 63) - 1, size, device=x.device, **from_generator(generator))
-    bits = words.view(dtype)[:count].view(stored)
-    return bits if x.is_contiguous() else bits.permute(_inverse(order))
-
-
-def _at_least(bits: Tensor, lowest: int) -> Tensor:
-    """1 where bits >= lowest, else 0, in a fifth of the time of the comparison."""
-    return bits.clamp(lowest - 1, lowest).sub_(lowest - 1)
-
-
 def _jitter(x: Tensor, std: float | Tensor, sizes: list[int], generator: torch.Generator | None) -> Tensor:
     """x times 1 + std · N(0, 1), in the memory order of x."""
-    order = _order(x)
-    noise = torch.randn([sizes[axis] for axis in order], dtype=_real(x), device=x.device, **from_generator(generator))
-    noise = noise.permute(_inverse(order))
+    order = memory_order(x)
+    noise = torch.randn(
+        [sizes[axis] for axis in order], dtype=real_type(x), device=x.device, **from_generator(generator)
+    )
+    noise = noise.permute(inverse(order))
     if isinstance(std, Tensor):
         return x * (1 + std.to(noise.dtype) * noise)
     return x * noise.mul_(std).add_(1)
-
-
-def from_generator(generator: torch.Generator | None) -> dict[str, Any]:
-    """The argument of a draw; left out where it is None, as torch knows no symbolic sizes with one."""
-    return {} if generator is None else {"generator": generator}
-
-
-def _real(x: Tensor) -> torch.dtype:
-    return x.real.dtype if x.is_complex() else x.dtype
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    """The type of a factor of x that keeps its digits: float32 for the half types."""
-    return torch.float64 if _real(x) == torch.float64 else torch.float32
 
 
 def _sizes(x: Tensor, shared: int | Sequence[int]) -> list[int]:
@@ -359,21 +314,3 @@ def _sizes(x: Tensor, shared: int | Sequence[int]) -> list[int]:
             )
         sizes[axis] = 1
     return sizes
-
-
-def _order(x: Tensor) -> list[int]:
-    """The dimensions of x from the outermost in memory to the innermost."""
-    if x.is_contiguous():
-        return list(range(x.ndim))
-    strides = x.stride()
-    order: list[int] = []
-    for axis in range(x.ndim):  # by insertion: a compiler with dynamic shapes can compare strides, but not sort by them
-        place = axis
-        while place and strides[order[place - 1]] < strides[axis]:
-            place -= 1
-        order.insert(place, axis)
-    return order
-
-
-def _inverse(order: list[int]) -> list[int]:
-    return sorted(range(len(order)), key=order.__getitem__)

@@ -1,4 +1,4 @@
-"""What half precision loses of a small step."""
+"""Types of numbers: what half precision loses of a small step, and where its digits do not do."""
 
 from __future__ import annotations
 
@@ -6,6 +6,30 @@ import torch
 from torch import Tensor
 
 HALVES = (torch.float16, torch.bfloat16)
+
+
+def real_type(x: Tensor) -> torch.dtype:
+    """The type of x, or of its real part.
+
+    Example:
+        >>> import torch
+        >>> from vardrop.half import real_type
+        >>> real_type(torch.ones(2, dtype=torch.complex64))
+        torch.float32
+    """
+    return x.real.dtype if x.is_complex() else x.dtype
+
+
+def wide_type(x: Tensor) -> torch.dtype:
+    """The type of a factor of x that keeps its digits: float32 for the half types.
+
+    Example:
+        >>> import torch
+        >>> from vardrop.half import wide_type
+        >>> wide_type(torch.ones(2, dtype=torch.float16)), wide_type(torch.ones(2, dtype=torch.complex128))
+        (torch.float32, torch.float64)
+    """
+    return torch.float64 if real_type(x) == torch.float64 else torch.float32
 
 
 def lost_step(x: Tensor) -> float:

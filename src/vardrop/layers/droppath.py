@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from vardrop.functional import from_generator
 from vardrop.layers.base import Drop, check_choice, inverse
+from vardrop.masks import from_generator
 from vardrop.rates import Rate
 from vardrop.schedules import checked_rate
 

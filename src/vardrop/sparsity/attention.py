@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from vardrop.sparsity.channels import Channels
 from vardrop.sparsity.rebuild import Kept, replace
 from vardrop.sparsity.stream import Attend
 
+Part = tuple[Tensor, Tensor | None]  # weight and bias of a projection
 _LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
@@ -37,18 +39,35 @@ class CompactAttention(nn.Module):
         self.num_heads, self.batch_first, self.dropout = len(self.heads), attention.batch_first, attention.dropout
         self._qkv_same_embed_dim, self.in_proj_bias = False, None  # transformer layers ask, for their fused path
         rows = _entries(heads, attention.head_dim)
-        weights, biases = projections(attention)
-        self.q, self.k, self.v = (
-            _linear(weight[rows], None if shift is None else shift[rows])
-            for weight, shift in zip(weights, biases, strict=True)
-        )
+        parts = zip(*projections(attention), strict=True)
+        self.project([(weight[rows], None if shift is None else shift[rows]) for weight, shift in parts])
         self.out_proj = _linear(attention.out_proj.weight.detach()[:, rows], bias)
         self.train(attention.training)
 
-    q: nn.Linear
-    k: nn.Linear
-    v: nn.Linear
+    in_proj: nn.Linear | nn.ModuleList
     out_proj: nn.Linear
+
+    def project(self, parts: list[Part]) -> None:
+        """Take weight and bias of query, key and value: as one layer if they read equally many channels, else three."""
+        if len({weight.shape[1] for weight, _ in parts}) > 1:
+            self.in_proj = nn.ModuleList(_linear(*part) for part in parts)
+            return
+        biases = [weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in parts]
+        bias = None if all(bias is None for _, bias in parts) else torch.cat(biases)
+        self.in_proj = _linear(torch.cat([weight for weight, _ in parts]), bias)
+
+    def parts(self) -> list[Part]:
+        """Weight and bias of query, key and value."""
+        if isinstance(self.in_proj, nn.ModuleList):
+            return [(layer.weight, layer.bias) for layer in self.in_proj]  # type: ignore[misc]
+        shift = self.in_proj.bias
+        biases: list[Tensor | None] = [None] * 3 if shift is None else list(shift.chunk(3))
+        return list(zip(self.in_proj.weight.chunk(3), biases, strict=True))
+
+    @property
+    def in_features(self) -> tuple[int, ...]:
+        """How many channels query, key and value have."""
+        return tuple(weight.shape[1] for weight, _ in self.parts())
 
     def forward(
         self,
@@ -62,18 +81,25 @@ class CompactAttention(nn.Module):
         is_causal: bool = False,
     ) -> tuple[Tensor, None]:
         batched = query.ndim == 3
+        projected = self._projected(query, key, value)
         if not batched:
-            query, key, value = (x.unsqueeze(0) for x in (query, key, value))
+            projected = tuple(x.unsqueeze(0) for x in projected)
         elif not self.batch_first:
-            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        parts = (self.q(query), self.k(key), self.v(value))
-        q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in parts)
+            projected = tuple(x.transpose(0, 1) for x in projected)
+        q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in projected)
         mask = self._mask(attn_mask, key_padding_mask, q)
         mixed = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
         out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
         if not batched:
             return out.squeeze(0), None
         return out if self.batch_first else out.transpose(0, 1), None
+
+    def _projected(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        if isinstance(self.in_proj, nn.ModuleList):
+            return tuple(layer(x) for layer, x in zip(self.in_proj, inputs, strict=True))
+        if all(x is inputs[0] for x in inputs):  # attention to oneself: one product
+            return self.in_proj(inputs[0]).chunk(3, -1)
+        return tuple(F.linear(x, weight, bias) for x, (weight, bias) in zip(inputs, self.parts(), strict=True))
 
     def _mask(self, attention: Tensor | None, padding: Tensor | None, q: Tensor) -> Tensor | None:
         """Both masks as one that is added to the scores, ``[batch, heads, queries, keys]`` or less."""
@@ -121,7 +147,7 @@ def projections(attention: nn.MultiheadAttention) -> tuple[list[Tensor], list[Te
 def all_parts(attention: nn.MultiheadAttention | CompactAttention) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
     """Weights of query, key and value, and weight and bias of the output, in float64."""
     if isinstance(attention, CompactAttention):
-        weights = [layer.weight.detach() for layer in (attention.q, attention.k, attention.v)]
+        weights = [weight for weight, _ in attention.parts()]
     else:
         weights = projections(attention)[0]
     out = attention.out_proj
@@ -140,24 +166,27 @@ def narrower(attention: nn.MultiheadAttention | CompactAttention, rule: Attend) 
         heads = torch.arange(attention.num_heads, device=attention.out_proj.weight.device)
         shift = attention.out_proj.bias
         small = CompactAttention(attention, heads, None if shift is None else shift.detach())
-    for name, channels in zip("qkv", rule.sources, strict=True):
-        layer = getattr(small, name)
-        weight = layer.weight.detach()
-        gone = (channels.constant & ~channels.keep).nonzero().flatten()
-        shift = weight[:, gone.to(weight.device)].double() @ channels.value[gone].to(weight.device)
-        bias = layer.bias
-        if bias is not None or shift.any():
-            bias = (shift if bias is None else bias.detach().double() + shift).to(weight)
-        setattr(small, name, _linear(weight[:, channels.keep.to(weight.device)], bias))
+    parts = zip(small.parts(), rule.sources, strict=True)
+    with torch.no_grad():
+        small.project([_reading_less(*part, channels) for part, channels in parts])
     out, rows = small.out_proj, rule.out.keep.to(small.out_proj.weight.device)
     small.out_proj = _linear(out.weight.detach()[rows], None if out.bias is None else out.bias.detach()[rows])
     return small
 
 
+def _reading_less(weight: Tensor, bias: Tensor | None, channels: Channels) -> Part:
+    """A projection of the channels that are left, with what the constants among the others have given."""
+    gone = (channels.constant & ~channels.keep).nonzero().flatten()
+    shift = weight[:, gone.to(weight.device)].double() @ channels.value[gone].to(weight.device)
+    if bias is not None or shift.any():
+        bias = (shift if bias is None else bias.double() + shift).to(weight)
+    return weight[:, channels.keep.to(weight.device)], bias
+
+
 def printed(module: nn.Module) -> str:
     """A module in a line; attention without its projections."""
     if isinstance(module, CompactAttention):
-        channels = f"{module.q.in_features} -> {module.out_proj.out_features} channels"
+        channels = f"{module.in_features[0]} -> {module.out_proj.out_features} channels"
         return f"CompactAttention({module.extra_repr()}, {channels})"
     if isinstance(module, nn.MultiheadAttention):
         return f"MultiheadAttention(heads={module.num_heads}, {module.embed_dim} channels)"

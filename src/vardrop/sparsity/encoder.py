@@ -126,7 +126,7 @@ def _fits(module: Any) -> bool:
     width = module.self_attn.embed_dim
     attention = module.self_attn
     if isinstance(attention, CompactAttention):
-        whole = attention.q.in_features == attention.out_proj.out_features == width
+        whole = {*attention.in_features, attention.out_proj.out_features} == {width}
     else:
         whole = type(attention) is nn.MultiheadAttention
     linear = isinstance(module.linear1, nn.Linear) and isinstance(module.linear2, nn.Linear)
