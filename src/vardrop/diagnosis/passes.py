@@ -108,7 +108,7 @@ class Passes:
 
     def _call(self, batch: Any) -> Any:
         call = of_loader(batch)
-        device = device_of(self.model)
+        device = device_of(self.model.modules())
         if device is not None:
             call = moved(call, device)
         call = copied(call)  # the batch is looked at again

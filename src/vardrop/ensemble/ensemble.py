@@ -180,7 +180,7 @@ class Ensemble(nn.Module):
         name, summaries = "output", []
         with _evaluating(self), torch.no_grad():
             for call in map(of_loader, x) if is_batches(x) else [single(x)]:
-                args, kwargs = moved(call, device_of(self))
+                args, kwargs = moved(call, device_of(self.modules()))
                 name, found = named(self(*args, **kwargs), select)
                 collector = Collector(outputs, class_dim, keep)
                 collector.add(found[name])

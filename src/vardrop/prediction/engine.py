@@ -41,6 +41,7 @@ class Engine:
         engine: ``"auto"``, ``"vmap"`` or ``"loop"``.
         chunk: passes at once; None to choose.
         max_memory: bytes for the tensors of the passes, or None.
+        watches: whether to look for draws from random numbers that are not torch's.
 
     Attributes:
         name: ``"vmap"`` or ``"loop"``, what runs now.
@@ -52,7 +53,13 @@ class Engine:
     """
 
     def __init__(
-        self, model: nn.Module, select: Select | None, engine: str, chunk: int | None, max_memory: int | None
+        self,
+        model: nn.Module,
+        select: Select | None,
+        engine: str,
+        chunk: int | None,
+        max_memory: int | None,
+        watches: bool = True,
     ) -> None:
         self.model, self.select = model, select
         self.name = "loop" if engine == "loop" else "vmap"
@@ -65,7 +72,7 @@ class Engine:
         self._asked, self._max_memory = chunk, max_memory
         self._sizes: dict[Any, int] = {}  # shapes of a batch -> passes at once
         self._keeps_prefix = True
-        self._watches = seeds.may_be_foreign(model)
+        self._watches = watches
         keep_freed()
 
     def run(self, call: Call, samples: int, take: Take) -> None:

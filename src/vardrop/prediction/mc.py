@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import random
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +17,7 @@ from vardrop.prediction.engine import Engine, Refused
 from vardrop.prediction.moments import KINDS, Collector, Summary, joined
 from vardrop.prediction.prediction import Prediction
 from vardrop.prediction.progress import Bar
-from vardrop.prediction.stochastic import stochastic
+from vardrop.prediction.stochastic import opened
 from vardrop.prediction.structure import Call, Select, device_of, is_batches, moved, of_loader, single
 
 _ENGINES = ("auto", "vmap", "loop")
@@ -89,25 +90,19 @@ def mc_predict(
     """
     _check(model, samples, outputs, engine, chunk, max_memory)
     several = is_batches(x)
-    place = device_of(model) if device is None else _place(model, device)
-    runner = Engine(model, select, engine, chunk, max_memory)
     whole: dict[str, list[Summary]] = {}
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
+    with torch.inference_mode(False), torch.no_grad(), opened(model) as (noise, modules):
+        place = device_of(modules) if device is None else _place(model, device)
         devices = seeds.accelerators(itertools.chain(model.parameters(), model.buffers()))
-        noise = stack.enter_context(stochastic(model))
-        own = torch.Generator().manual_seed(seeds.draw(generator))
-        stack.enter_context(seeds.lent(devices))
-        bar = stack.enter_context(Bar(progress, several, x, samples))
-        if "torch._dynamo" in sys.modules:  # a compiled model runs as it was written
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for call in _calls(x, several, place):
-            seed = seeds.draw(own)
-            with torch._C.DisableTorchFunction():  # the mode of noise is for the model, not for what is around it
-                found = _batch(runner, call, samples, (outputs, class_dim, keep), seed, devices, noise, bar)
-            for name, summary in found.items():
-                whole.setdefault(name, []).append(summary.to("cpu") if several else summary)
+        runner = Engine(model, select, engine, chunk, max_memory, seeds.may_be_foreign(modules))
+        each = random.Random(seeds.draw(generator))
+        with seeds.lent(devices), Bar(progress, several, x, samples) as bar, _as_written():
+            for call in _calls(x, several, place):
+                seed = each.getrandbits(62)
+                with torch._C.DisableTorchFunction():  # the mode of noise is for the model, not for what is around it
+                    found = _batch(runner, call, samples, (outputs, class_dim, keep), seed, devices, noise, bar)
+                for name, summary in found.items():
+                    whole.setdefault(name, []).append(summary.to("cpu") if several else summary)
     if not whole:
         raise ValueError("vardrop.mc_predict: x must have a batch, got an iterable without any")
     return _prediction(runner, whole, samples, outputs, class_dim, noise)
@@ -142,6 +137,13 @@ def _place(model: nn.Module, device: torch.device | str) -> torch.device:
             f"{place}; move the model first, with model.to({str(place)!r})"
         )
     return place
+
+
+def _as_written() -> contextlib.AbstractContextManager[Any]:
+    """A compiled model runs as it was written."""
+    if "torch._dynamo" not in sys.modules:
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def _calls(x: Any, several: bool, device: Any) -> Iterator[Call]:
@@ -203,7 +205,8 @@ class _Collected:
                     "its scores, not its choice, or choose another output with select="
                 )
             self.first = main[0].clone()
-        self.varies = self.varies or not torch.equal(main, self.first.expand_as(main))
+        if not self.varies:
+            self.varies = not (torch.equal(main[-1], self.first) and torch.equal(main, self.first.expand_as(main)))
         kind, class_dim, keep = self.about
         for key, tensor in piece.items():
             if key not in self.collectors:

@@ -56,37 +56,35 @@ def _summing_to_one(probabilities: Tensor, kind: str, dim: int) -> Tensor:
 
 
 class Moments:
-    """Mean and variance of passes that come in chunks (Chan, Golub, LeVeque 1979), in float64 where there is one."""
+    """Mean and variance of passes that come in chunks (Chan, Golub, LeVeque 1979), joined in float64 where it exists.
+
+    Attributes:
+        count: passes seen.
+        mean: of them.
+        variance: of them, not an estimate from them: divided by their number.
+    """
 
     def __init__(self) -> None:
         self.count = 0
-        self.mean = torch.empty(0)
-        self.spread = torch.empty(0)  # Σ (x − mean)²
+        self.mean = self.variance = torch.empty(0)
 
     def add(self, chunk: Tensor) -> None:
         """``[T', N, ...]``: some more passes."""
-        count = len(chunk)
+        count, before = len(chunk), self.count
         if chunk.dtype.itemsize < 4:
             chunk = chunk.float()
         if count == 1 or not chunk.numel():
-            mean, spread = wide(chunk[0]), None
+            mean = chunk[0].clone()
+            variance = torch.zeros_like(mean)
         else:
-            variance, mean_ = torch.var_mean(chunk, 0, correction=0)
-            mean, spread = wide(mean_), wide(variance) * count
-        if not self.count:
-            self.mean, self.spread = mean, torch.zeros_like(mean) if spread is None else spread
-        else:
-            step = mean - self.mean
-            total = self.count + count
-            self.spread = self.spread + step.square() * (self.count * count / total)
-            self.spread = self.spread if spread is None else self.spread + spread
-            self.mean = self.mean + step * (count / total)
+            variance, mean = torch.var_mean(chunk, 0, correction=0)
         self.count += count
-
-    @property
-    def variance(self) -> Tensor:
-        """Of the passes seen, not an estimate from them: divided by their number."""
-        return self.spread / max(1, self.count)
+        if before:
+            share, step = count / self.count, wide(mean) - wide(self.mean)
+            mean = wide(self.mean) + step * share
+            spread = wide(variance) * share + step.square() * (share * (1 - share))
+            variance = wide(self.variance) * (1 - share) + spread
+        self.mean, self.variance = mean, variance
 
 
 @dataclass(frozen=True)
@@ -158,7 +156,8 @@ class Collector:
     def summary(self) -> Summary:
         """All of it, in the type of the outputs, or in float32 where theirs is narrower."""
         moments, dtype = self.moments, self.dtype if self.dtype.itemsize >= 4 else torch.float32
-        found = Summary(moments.mean.to(dtype), moments.variance.to(dtype), torch.cat(self.kept) if self.keep else None)
+        kept = None if not self.keep else self.kept[0].contiguous() if len(self.kept) == 1 else torch.cat(self.kept)
+        found = Summary(moments.mean.to(dtype), moments.variance.to(dtype), kept)
         if self.entropies is None:
             return found
         expected = self.entropies / moments.count

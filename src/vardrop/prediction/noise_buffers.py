@@ -20,7 +20,6 @@ class Kept(NamedTuple):
     copy: Tensor
 
 
-@torch.no_grad()
 def remember(names: Mapping[nn.Module, str]) -> list[Kept]:
     """Copies of all buffers of some modules.
 
@@ -37,7 +36,6 @@ def remember(names: Mapping[nn.Module, str]) -> list[Kept]:
     return kept
 
 
-@torch.no_grad()
 def put_back(kept: Iterable[Kept]) -> list[str]:
     """Undo every change of the buffers, and say in which modules there was one.
 
@@ -53,7 +51,7 @@ def put_back(kept: Iterable[Kept]) -> list[str]:
             continue
         if (version is None or _version(buffer) != version) and not _same(buffer, copy):
             changed[shown] = None
-            with torch.inference_mode(buffer.is_inference()):
+            with torch.inference_mode(buffer.is_inference()), torch.no_grad():
                 buffer.copy_(copy)
         if now is not buffer and not (isinstance(module, torch.jit.ScriptModule) and now is not None):
             changed[shown] = None  # a script hands out another object at every look

@@ -18,6 +18,7 @@ from vardrop.weights.modules import RandomWeights
 
 _SHORTENS = re.compile(r"patch_?drop|token_?drop", re.IGNORECASE)
 _FUSED = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.MultiheadAttention)
+_NOISY = (*_FUSED, _DropoutNd, nn.RReLU, nn.RNNBase, RandomWeights, Rated)
 
 
 @dataclass(frozen=True)
@@ -68,15 +69,20 @@ def survey(model: nn.Module) -> Survey:
     """
     names = {module: name or _class_name(module) for name, module in model.named_modules()}
     found = Survey(names, {}, [], {})
+    fused = {}
     for module, shown in names.items():
+        if _is_silent(type(module)):
+            continue
+        if isinstance(module, _FUSED):
+            fused[module] = shown
         verdict = _judge(module)
         if verdict.on:
             found.on[module] = shown
         found.sources.extend(Source(shown, kind, rate) for kind, rate in verdict.noise)
         if verdict.why_off is not None:
             found.left_off[shown] = verdict.why_off
-    for module, shown in names.items():  # their fused kernels know no noise, and look at their own flag only
-        if isinstance(module, _FUSED) and not _other_use(module) and any(m in found.on for m in module.modules()):
+    for module, shown in fused.items():  # their kernels know no noise, and look at their own flag only
+        if not _other_use(module) and any(m in found.on for m in module.modules()):
             found.on.setdefault(module, shown)
     if isinstance(model, torch.jit.ScriptModule):
         found.left_off[_class_name(model)] = "it is TorchScript, where only dropouts that are modules can be switched"
@@ -85,6 +91,19 @@ def survey(model: nn.Module) -> Survey:
         found.left_off.update(dict.fromkeys(at_mean, "its weights are at their means: the estimator is 'none'"))
         found.sources[:] = [source for source in found.sources if source not in at_mean.values()]
     return found
+
+
+_SILENT: set[type] = set()
+
+
+def _is_silent(kind: type) -> bool:
+    """Whether this is a class of torch's that never has noise: found out once for each, as they are most modules."""
+    if kind in _SILENT:
+        return True
+    if not kind.__module__.startswith("torch.nn.modules.") or issubclass(kind, _NOISY):
+        return False
+    _SILENT.add(kind)
+    return True
 
 
 _RANDOM_WEIGHT = "random weight"

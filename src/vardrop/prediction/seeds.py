@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,12 +29,14 @@ def accelerators(tensors: Iterable[torch.Tensor]) -> list[torch.device]:
 @contextmanager
 def lent(devices: list[torch.device]) -> Iterator[None]:
     """Everything inside may seed and draw; afterwards the generators of the CPU and these devices are as before."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        for kind in {device.type for device in devices}:
-            places = [device.index or 0 for device in devices if device.type == kind]
-            stack.enter_context(torch.random.fork_rng(devices=places, device_type=kind))
+    states = [(device, torch.get_device_module(device).get_rng_state(device)) for device in devices]
+    state = torch.default_generator.get_state()
+    try:
         yield
+    finally:
+        torch.default_generator.set_state(state)
+        for device, before in states:
+            torch.get_device_module(device).set_rng_state(before, device)
 
 
 def sow(seed: int, devices: list[torch.device]) -> None:
@@ -49,14 +51,14 @@ def sow(seed: int, devices: list[torch.device]) -> None:
             module.manual_seed(seed)
 
 
-def may_be_foreign(model: nn.Module) -> bool:
+def may_be_foreign(modules: Iterable[nn.Module]) -> bool:
     """Whether code of others runs, in a class or a hook: torch's and ours draws from torch's generators alone."""
     return _has_any_global_hook() or any(
         module._forward_hooks
         or module._forward_pre_hooks
         or "forward" in vars(module)
         or not all(base.__module__.startswith(("torch.nn.", "vardrop.", "builtins")) for base in type(module).__mro__)
-        for module in model.modules()
+        for module in modules
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -46,12 +46,13 @@ class _Block:
     """One open block: whose flags it holds, and what it tells."""
 
     def __init__(self, names: dict[nn.Module, str], on: dict[nn.Module, str], noise: Noise) -> None:
-        self._names = names
+        self.names = names
+        self.thread = threading.current_thread()
         self._on = on
         self._noise = noise
 
     def has(self, module: nn.Module) -> bool:
-        return module in self._names
+        return module in self.names
 
     def is_on(self, module: nn.Module) -> bool:
         return module in self._on
@@ -61,19 +62,11 @@ class _Block:
         name, rate = max(rates.items(), key=lambda item: item[1], default=("", 0.0))
         if rate > 0:
             reason = f"its fused attention ran without dropout, although it has {name} = {rate:g}"
-            self._noise.left_off.setdefault(self._names[module], reason)
-
-
-@dataclass
-class _Claim:
-    """Who holds a module: a thread, and its blocks with the flags that they found, the innermost last."""
-
-    thread: threading.Thread
-    blocks: list[tuple[_Block, bool]] = field(default_factory=list)
+            self._noise.left_off.setdefault(self.names[module], reason)
 
 
 _LOCK = threading.RLock()
-_CLAIMS: dict[nn.Module, _Claim] = {}
+_CLAIMS: dict[nn.Module, list[tuple[_Block, bool]]] = {}  # who holds it, with the flags found, the innermost last
 
 
 @contextlib.contextmanager
@@ -113,43 +106,59 @@ def stochastic(model: nn.Module) -> Iterator[Noise]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"vardrop.stochastic: model must be a torch.nn.Module, got {type(model).__name__}")
-    found = survey(model)
-    noise, names = Noise(found.sources, found.left_off), found.names
-    block = _Block(names, found.on, noise)
-    with contextlib.ExitStack() as undo:
-        undo.callback(_release, names, block)  # first, so that nothing can come between
-        _claim(names, block)
-        kept = remember(names)
-        undo.callback(lambda: noise.put_back.extend(put_back(kept)))
-        for module in names:
-            if module.training != (module in found.on):
-                module.training = module in found.on
-        undo.callback(noise_mode.close_block, noise_mode.open_block(block), block)
+    with opened(model) as (noise, _):
         yield noise
 
 
-def _claim(names: dict[nn.Module, str], block: _Block) -> None:
-    """Note the flags that a block finds, and that this thread holds the modules."""
-    here = threading.current_thread()
+@contextlib.contextmanager
+def opened(model: nn.Module) -> Iterator[tuple[Noise, Iterable[nn.Module]]]:
+    """The block behind :func:`stochastic`, with the modules of the model too.
+
+    Args:
+        model: any module.
+    """
+    names, on, sources, left_off = survey(model)
+    noise = Noise(sources, left_off)
+    block = _Block(names, on, noise)
+    try:
+        _claim(block)
+        kept = remember(names)
+        try:
+            for module in names:
+                if module.training != (module in on):
+                    module.training = module in on
+            mode = noise_mode.open_block(block)
+            try:
+                yield noise, names
+            finally:
+                noise_mode.close_block(mode, block)
+        finally:
+            noise.put_back.extend(put_back(kept))
+    finally:
+        _release(block)
+
+
+def _claim(block: _Block) -> None:
+    """Note the flags that a block finds, and that its thread holds the modules."""
     with _LOCK:
-        for module, name in names.items():
-            claim = _CLAIMS.get(module)
-            if claim is not None and claim.thread is not here and claim.thread.is_alive():
+        for module, name in block.names.items():
+            if module not in _CLAIMS:
+                continue
+            holder = _CLAIMS[module][-1][0].thread
+            if holder is not block.thread and holder.is_alive():
                 raise RuntimeError(
                     f"vardrop.stochastic: a model must be held by one thread at a time, got {name!r}, which is in a "
-                    f"block of thread {claim.thread.name!r}; use a copy of the model for every thread"
+                    f"block of thread {holder.name!r}; use a copy of the model for every thread"
                 )
-        for module in names:
-            claim = _CLAIMS.setdefault(module, _Claim(here))
-            claim.thread = here
-            claim.blocks.append((block, module.training))
+        for module in block.names:
+            _CLAIMS.setdefault(module, []).append((block, module.training))
 
 
-def _release(names: dict[nn.Module, str], block: _Block) -> None:
+def _release(block: _Block) -> None:
     """Give the flags back that a block has found; if blocks are closed out of order, to the one that came after it."""
     with _LOCK:
-        for module in names:
-            blocks = _CLAIMS[module].blocks if module in _CLAIMS else []
+        for module in block.names:
+            blocks = _CLAIMS.get(module, [])
             place = len(blocks) - 1
             while place >= 0 and blocks[place][0] is not block:
                 place -= 1

@@ -88,11 +88,14 @@ class Inputs:
         return self._call
 
 
-def device_of(model: nn.Module) -> Any:
-    """Where the first parameter or buffer of a model is; None if it has none."""
-    for tensor in model.parameters():
-        return tensor.device
-    return next((buffer.device for buffer in model.buffers()), None)
+def device_of(modules: Iterable[nn.Module]) -> Any:
+    """Where the first parameter of some modules is, or the first buffer; None if they have none."""
+    for kind in ("_parameters", "_buffers"):
+        for module in modules:
+            for tensor in getattr(module, kind).values():
+                if tensor is not None:
+                    return tensor.device
+    return None
 
 
 def tensors(output: Any) -> dict[str, Tensor]:
