@@ -12,6 +12,7 @@ from vardrop.sparsity.rebuild import Select
 from vardrop.sparsity.stream import Norm
 
 _SMALL = 1e-6
+_FEW = 1 << 16  # entries, up to which calls cost more than memory
 
 
 class CompactLayerNorm(nn.Module):
@@ -70,7 +71,7 @@ class CompactLayerNorm(nn.Module):
         d = n - k
         if not d:
             return torch.native_layer_norm(x, [k], None, None, eps)
-        if torch.compiler.is_compiling():  # in a graph the fewest nodes are the fastest, and memory is reused
+        if torch.compiler.is_compiling() or x.numel() <= _FEW:  # the fewest operations are the fastest
             whole = torch.cat([x, self.gone.to(x.dtype).expand(*x.shape[:-1], -1)], -1)
             y, mean, scale = torch.native_layer_norm(whole, [n], None, None, eps)
             return y[..., :k], mean, scale

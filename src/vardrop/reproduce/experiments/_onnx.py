@@ -18,6 +18,9 @@ from vardrop.sparsity.export import export_onnx
 def forward(net: nn.Module, x: Tensor) -> Callable[[], list[Any]]:
     """A call that passes inputs through a network that was exported to ONNX, on as many threads as torch takes.
 
+    Its threads do not spin while they wait: torch has threads of its own on the same cores, and whatever runs there
+    between two calls would slow both.
+
     Args:
         net: any module that ``torch.export`` takes.
         x: its only input, ``[batch, ...]``, on the processor.
@@ -28,6 +31,7 @@ def forward(net: nn.Module, x: Tensor) -> Callable[[], list[Any]]:
     runtime = needed("onnxruntime", "reproduce", "export")
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "network.onnx"
         export_onnx(net, x.new_zeros(2, *x.shape[1:]), path)
