@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vardrop.half import HALVES
 from vardrop.sparsity.rebuild import Select
 from vardrop.sparsity.stream import Norm
 
 _SMALL = 1e-6
-_FEW = 1 << 16  # entries, up to which calls cost more than memory
+Statistics = tuple[Tensor, Tensor, Tensor]
+_FEW = 1 << 13  # entries, up to which calls cost more than memory
 
 
 class CompactLayerNorm(nn.Module):
@@ -53,42 +55,56 @@ class CompactLayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float() if x.dtype in HALVES else x
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
-        y, mean, scale = self._centred(wide, eps) if self.centred else self._root_mean_square(wide, eps)
+        weight, bias = (None if t is None else t.to(wide.dtype) for t in (self.weight, self.bias))
+        normalise = self._centred if self.centred else self._root_mean_square
+        if self.take is None and self.inserted is None:
+            return normalise(wide, eps, weight, bias)[0].to(x.dtype)
+        y, mean, scale = normalise(wide, eps, None, None)
         if self.inserted is not None:
             constants = (self.inserted.to(wide.dtype) - mean) * scale
             y = torch.cat([y, constants], -1)
         if self.take is not None:
             y = y.index_select(-1, self.take)
-        if self.weight is not None and self.bias is not None:
-            y = torch.addcmul(self.bias, y, self.weight)
-        elif self.weight is not None:
-            y = y * self.weight
-        return y.to(x.dtype)
+        return _scaled(y, weight, bias).to(x.dtype)
 
-    def _centred(self, x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    def _centred(self, x: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None) -> Statistics:
         """Outputs of what is stored, mean of all and 1 / standard deviation of all."""
         n, k = self.size, self.stored
         d = n - k
         if not d:
-            return torch.native_layer_norm(x, [k], None, None, eps)
+            return torch.native_layer_norm(x, [k], weight, bias, eps)
         if torch.compiler.is_compiling() or x.numel() <= _FEW:  # the fewest operations are the fastest
             whole = torch.cat([x, self.gone.to(x.dtype).expand(*x.shape[:-1], -1)], -1)
+            if torch.compiler.is_compiling():  # a constant of the graph
+                weight, bias = (None if t is None else F.pad(t, (0, d)) for t in (weight, bias))
+                y, mean, scale = torch.native_layer_norm(whole, [n], weight, bias, eps)
+                return y[..., :k], mean, scale
             y, mean, scale = torch.native_layer_norm(whole, [n], None, None, eps)
-            return y[..., :k], mean, scale
-        y, own_mean, own_scale = torch.native_layer_norm(x, [k], None, None, eps * n / k)  # of k, whose share is k / n
+            return _scaled(y[..., :k], weight, bias), mean, scale
+        y, own_mean, own_scale = torch.native_layer_norm(
+            x, [k], weight, None, eps * n / k
+        )  # of k, whose share is k / n
         apart = own_mean - self.centre
         variance = torch.add(self.spread, own_scale.pow(-2), alpha=k / n)
         scale = torch.addcmul(variance, apart, apart, value=k * d / n**2).rsqrt()
         to_mean = apart * (d / n)
-        return torch.addcmul(to_mean * scale, y, scale / own_scale), own_mean - to_mean, scale
+        shift = _scaled(to_mean * scale, weight, bias)
+        return torch.addcmul(shift, y, scale / own_scale), own_mean - to_mean, scale
 
-    def _root_mean_square(self, x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    def _root_mean_square(self, x: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None) -> Statistics:
         squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()
         scale = (squares / self.size + self.spread + eps).rsqrt()
-        return x * scale, torch.zeros_like(scale), scale
+        return _scaled(x * scale, weight, bias), torch.zeros_like(scale), scale
 
     def extra_repr(self) -> str:
         return f"{self.stored} of {self.size} channels"
+
+
+def _scaled(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """y times a weight for every channel, and a bias."""
+    if weight is not None and bias is not None:
+        return torch.addcmul(bias, y, weight)
+    return y if weight is None else y * weight
 
 
 class CompactGroupNorm(nn.Module):
