@@ -33,7 +33,7 @@ def cells(scale: str) -> list[Config]:
     shared |= {"lr": 0.01 if scale == "smoke" else 0.001, "average": 0.999, "standardise": True}
     sizes: dict[float, int] = {  # k -> cells that differ in their seed
         "smoke": {0.05: 1, 0.1: 1},
-        "cpu": {0.25: 3, 0.5: 3, 1.0: 1},
+        "cpu": {0.25: 3, 0.5: 3, 1.0: 3},
         "gpu": dict.fromkeys((0.25, 0.5, 1.0, 2.0, 4.0), 1),
     }[scale]
     return [
