@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.func import vmap
 
 from contract import assert_mean
@@ -119,6 +120,18 @@ def test_coins_are_fair_and_independent_whichever_bit_they_have(count: int) -> N
         for other in range(bit):
             both = rows * d[:, other * each : (other + 1) * each][:, : rows.shape[1]]
             assert_mean(both.flatten(), torch.zeros(()), f"covariance of the bits {other} and {bit}")
+
+
+def test_coins_where_a_constant_of_the_processor_does_not_do() -> None:
+    """In a compiled function and for tensors without data: the bits are made to the device there."""
+    compiled = torch.compile(lambda x: drop(x, 0.5), backend="aot_eager", fullgraph=True)
+    x = torch.randn(50, 3)
+    torch.manual_seed(3)
+    expected = drop(x, 0.5)
+    torch.manual_seed(3)
+    assert torch.equal(compiled(x), expected)
+    with FakeTensorMode():
+        assert drop(torch.ones(5, 4), 0.5).shape == (5, 4)
 
 
 @every_noise
