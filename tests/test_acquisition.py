@@ -154,8 +154,8 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match=r"method must be one of bald, .*, random, got 'BALD'"):
         vd.acquire(p, 1, "BALD")
     for method in ("bald", "batch_bald"):
-        for count in (0, 5):
-            with pytest.raises(ValueError, match="count must be from 1 to the 4 cases there are, got"):
+        for count in (0, 5, 2.5, True):
+            with pytest.raises(ValueError, match="count must be a whole number from 1 to the 4 cases there are, got"):
                 vd.acquire(p, count, method)
         with pytest.raises(ValueError, match=r"probabilities of every pass are needed, \[T, N, C\], got \(4, 2\)"):
             vd.acquire(p[0], 1, method)

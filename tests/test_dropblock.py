@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import architectures  # noqa: F401  (makes torchvision importable, and so timm)
 import vardrop as vd
-from vardrop import rates
+from vardrop import masks, rates
 from vardrop.layers import dropblock
 from vardrop.layers.dropblock import DropBlock1d, DropBlock2d, DropBlock3d, drop_block
 
@@ -552,3 +552,24 @@ def test_choices_that_are_refused(name: str, choices: str) -> None:
 def test_a_rate_cannot_be_learned() -> None:
     with pytest.raises(TypeError, match=r"vardrop.DropBlock2d: p must be a number or a schedule, got learned"):
         DropBlock2d(rates.learned(0.1))
+
+
+@pytest.mark.parametrize("rate", [1 - 2**-16, 0.99999])
+def test_half_precision_has_no_infinite_scale(rate: float) -> None:
+    """1 / (1 - p) is more than float16 has, and infinity times 0 is no number."""
+    x = torch.ones(64, 16, 16, 16, dtype=torch.float16)
+    layer = vd.layers.Dropout(rate)
+    for y in (
+        drop_block(x, rate, 3), drop_block(x, rate, 1, rescale="sample"), vd.layers.drop_path(x, rate), layer(x),
+        vd.functional.drop(x, torch.tensor(rate)), torch.func.vmap(layer, randomness="different")(x),
+    ):  # fmt: skip
+        assert y.isfinite().all() or not y[y != 0].isfinite().any()
+        assert not y.isnan().any()
+
+
+def test_another_default_device_changes_nothing() -> None:
+    x = torch.ones(2, 3, 9, 9)
+    masks._powers_of_the_processor.cache_clear()
+    with torch.device("meta"):
+        for y in (drop_block(x, 0.3, 3), vd.layers.drop_path(x, 0.3), vd.functional.drop(x, 0.5)):
+            assert y.device.type == "cpu"

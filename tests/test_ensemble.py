@@ -478,3 +478,25 @@ def test_in_inference_mode_and_compiled() -> None:
         torch.testing.assert_close(ensemble(x.clone()), wanted)
     compiled = torch.compile(ensemble, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x).detach(), wanted)
+
+
+def test_the_prediction_has_the_other_outputs_and_no_nan() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> dict[str, Any]:
+            return {"logits": self.linear(x), "none": None, "hidden": (x, 2 * self.linear(x))}
+
+    ensemble = vd.Ensemble(Both(), 3)
+    x = torch.randn(12, 4)
+    for inputs in (x, list(x.split(5))):
+        found = ensemble.predict(inputs, "logits")
+        assert list(found.outputs) == ["hidden.0", "hidden.1"]
+        torch.testing.assert_close(found.outputs["hidden.0"].mean, x)
+        assert found.outputs["hidden.1"].std.min() > 0
+    with pytest.raises(
+        ValueError, match=r"vardrop.Ensemble.predict: outputs must be numbers, got nan for 12 of 12 exam"
+    ):
+        ensemble.predict(x * torch.nan)

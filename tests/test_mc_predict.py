@@ -6,6 +6,7 @@ import copy
 import math
 import random
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import pytest
@@ -669,3 +670,89 @@ def test_code_of_others_runs_with_functions_of_its_own() -> None:
     Seen.calls = 0
     vd.mc_predict(classifier(), batches(), 4, select=chosen, engine="loop")
     assert Seen.calls == 2 + 2 * 4
+
+
+class Own(nn.Module):
+    """Dropout, and noise from a generator of its own, which is not torch's."""
+
+    def __init__(self, rng: Any, p: float) -> None:
+        super().__init__()
+        self.rng, self.linear, self.dropout = rng, nn.Linear(5, 3), nn.Dropout(p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.linear(x)) + 100 * self.rng.random()
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_generators_that_a_module_has_are_seen(p: float) -> None:
+    """One draw for all passes at once would be no noise at all, and no error."""
+    numpy = pytest.importorskip("numpy")
+    for rng in (random.Random(0), numpy.random.default_rng(0), numpy.random.RandomState(0)):
+        found = vd.mc_predict(Own(rng, p), X, 60)
+        assert found.engine == "loop"
+        assert "Python's or numpy's random numbers" in found.reason
+        assert 20 < found.std.mean() < 40  # 100 / sqrt(12)
+
+
+class Counts(nn.Module):
+    """Noise, and a count of steps that hangs on the same flag."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.drop_rate, self.steps = nn.Linear(5, 3), 0.5, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        if self.training:
+            self.steps += 1
+            x = x * (torch.rand_like(x) > self.drop_rate)
+        return x
+
+
+def test_noise_that_stayed_off_is_told_with_the_answer() -> None:
+    found = vd.mc_predict(nn.Sequential(Counts(), nn.Dropout(0.01)), X, 200)
+    assert list(found.noise_left_off) == ["0"]
+    assert "noise left off: 0: it is not known as noise" in repr(found)
+    many = vd.mc_predict(
+        nn.Sequential(*[nn.Sequential(Counts(), nn.Linear(3, 5)) for _ in range(6)], nn.Dropout(0.3)), X
+    )
+    assert repr(many).count("noise left off") == 5
+    assert "noise left off: 2 more" in repr(many)
+    assert vd.mc_predict(classifier(), X, 10).noise_left_off == {}
+
+
+def test_threads_take_turns() -> None:
+    """Two models, two generators: each thread has the answer that it would have had alone."""
+    nets = [nn.Sequential(nn.Linear(5, 200), nn.Dropout(0.5), nn.Linear(200, 2)) for _ in range(2)]
+
+    def predict(net: nn.Module) -> Tensor:
+        return vd.mc_predict(net, X, 100, engine="loop", generator=torch.Generator().manual_seed(1)).mean
+
+    alone, before = [predict(net) for net in nets], torch.get_rng_state()
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(predict, nets))
+    assert all(map(torch.equal, alone, together))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_is_no_model_or_no_input_is_refused() -> None:
+    numpy = pytest.importorskip("numpy")
+    with pytest.raises(TypeError, match=r"model must be one network, got an Ensemble, .*; use ensemble.predict\(x\)"):
+        vd.mc_predict(vd.Ensemble(classifier(), 3), X)
+    with pytest.raises(
+        TypeError, match=r"vardrop.mc_predict: x must be a tensor, .*, got a ndarray; write torch.as_tens"
+    ):
+        vd.mc_predict(classifier(), numpy.zeros((3, 5)))
+    with pytest.raises(TypeError, match=r"vardrop.Ensemble.predict: x must be a tensor, .*, got a str"):
+        vd.Ensemble(classifier(), 3).predict("x")
+    with pytest.raises(ValueError, match="chunk must be a positive whole number or None, got True"):
+        vd.mc_predict(classifier(), X, chunk=True)
+    lazy = nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d(), nn.Dropout())
+    with pytest.raises(RuntimeError, match="must know its shapes, got the lazy '1'; run a forward first"):
+        vd.mc_predict(lazy, X)
+
+
+def test_packed_sequences_are_one_input() -> None:
+    packed = nn.utils.rnn.pack_padded_sequence(torch.randn(3, 6, 4), [6, 4, 2], batch_first=True)
+    found = vd.mc_predict(nn.LSTM(4, 5, 2, dropout=0.5, batch_first=True), packed, 20, select="0.data")
+    assert found.mean.shape == (12, 5)

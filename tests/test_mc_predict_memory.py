@@ -143,3 +143,30 @@ def test_too_small_a_bound_is_refused_with_the_figures() -> None:
             vd.mc_predict(noisy_mlp(), X, 10, max_memory=100_000, engine=engine)
     with pytest.raises(ValueError, match="must have room for chunk=50 passes"):
         vd.mc_predict(noisy_mlp(), X, 50, max_memory=1_000_000, chunk=50)
+
+
+class Nested(nn.Module):
+    """Takes a list, and gives one number for an example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.last = nn.Linear(64, 64), nn.Linear(64, 1)
+
+    def forward(self, xs: list[Tensor]) -> Tensor:
+        return self.last(F.dropout(self.hidden(xs[0]), 0.5, self.training).sin().cos())
+
+
+@pytest.mark.parametrize("sizes", [(4, 2000), (2000, 4), (2000, 2001)])
+def test_memory_stays_within_the_bound_for_batches_of_any_structure_and_size(sizes: tuple[int, int]) -> None:
+    batches = [([torch.randn(size, 64)], 0) for size in sizes]
+    with Peak() as peak:
+        vd.mc_predict(Nested(), batches, 50, max_memory=8_000_000, keep=False)
+    assert peak.most <= 8_000_000 + 2000 * 8 * 12
+
+
+def test_a_chunk_that_turns_out_too_large_is_made_again_in_smaller_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "for_memory", lambda *_: 40)  # an estimate that is wrong
+    found = vd.mc_predict(noisy_mlp(), X, 50, max_memory=2_000_000, engine="vmap")
+    assert 1 <= found.chunk < 40
+    assert found.samples is not None
+    assert len(found.samples) == 50

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from vardrop import rates
+from vardrop import layers, rates
 from vardrop.rates import Rated, RateScheduler
 
 
@@ -192,3 +192,29 @@ def test_what_is_shown() -> None:
     }
     for text, schedule in shown.items():
         assert repr(Rated(schedule)) == f"Rated(p={schedule(0):g}, schedule={text})"
+
+
+def test_the_number_outlives_the_meta_device() -> None:
+    """Deferred initialisation: tensors hold nothing there, and a plain checkpoint has no rates."""
+    plain = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)).state_dict()
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Linear(3, 3), layers.Dropout(0.3))
+        gaussian = layers.GaussianDropout(rates.learned(0.2), features=3)
+    assert (net[1].p, gaussian.p) == (0.3, 0.2)
+    assert "p=0.3" in repr(net)
+    net[1].p = 0.4
+    other = copy.deepcopy(net)
+    net.to_empty(device="cpu").load_state_dict(plain)
+    other.load_state_dict(plain, assign=True)
+    assert net[1].p == other[1].p == pytest.approx(0.4)
+    assert gaussian.to_empty(device="cpu").p == pytest.approx(0.2)
+    net[1].rate_value.fill_(0.25)  # as a checkpoint does
+    assert net.to("meta")[1].p == 0.25
+    net.to_empty(device="cpu")
+    assert net[1].p == 0.25
+
+
+def test_a_schedule_must_be_a_function() -> None:
+    for wrong in (0.3, rates.learned(0.3)):
+        with pytest.raises(TypeError, match=r"schedule must be a function of the step, got .*; write rates.linear"):
+            RateScheduler(Rated(0.1), wrong)  # type: ignore[arg-type]

@@ -261,3 +261,8 @@ def test_bad_input() -> None:
         vd.select(prediction, torch.tensor([0, 1, -100]))
     with pytest.raises(ValueError, match=r"the truth must have the shape of what is predicted, \(3,\), got \(2,\)"):
         vd.select(prediction, torch.tensor([0, 1]))
+
+
+def test_labels_must_be_a_tensor() -> None:
+    with pytest.raises(TypeError, match=r"vardrop.select: labels must be a tensor, got a list; write torch.as_tensor"):
+        vd.select(torch.ones(3), [True, False, True])  # type: ignore[arg-type]

@@ -450,3 +450,34 @@ def test_a_dropout_alone_is_hidden() -> None:
     model = nn.Dropout(0.1)
     assert vd.set_rates_(model, hidden=0.2).set == {"Dropout": (0.1, 0.2)}
     assert model.p == 0.2
+
+
+def test_configs_inside_of_a_config_are_looked_at_too() -> None:
+    """MPT keeps the rate of its attention in a part of the config that no module has, and that takes whole numbers."""
+    from transformers import MptConfig, MptForCausalLM
+
+    model = MptForCausalLM(MptConfig(vocab_size=50, d_model=16, n_layers=2, n_heads=2))
+    report = vd.set_rates_(model, attention=0.3)
+    assert report.set["transformer.blocks.0.attn.attn_dropout_p"] == (0.0, 0.3)
+    name = "config.attn_config.attn_pdrop"
+    if name in report.skipped:
+        assert report.skipped[name].startswith("does not take 0.3: ")
+    else:
+        assert model.config.attn_config.attn_pdrop == 0.3
+
+
+def test_rates_of_models_on_the_meta_device() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.drop_path = nn.Linear(2, 2), nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.drop_path(self.linear(x))
+
+    with torch.device("meta"):
+        model = nn.Sequential(Block(), Block())
+    vd.set_rates_(model, path=0.2)
+    assert vd.set_rates_(model, path=0.3).set["0.drop_path"] == (pytest.approx(0.2), 0.3)
+    model.to_empty(device="cpu")
+    assert model[0].drop_path.p == pytest.approx(0.3)  # type: ignore[union-attr]

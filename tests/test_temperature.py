@@ -127,3 +127,14 @@ def test_bad_input() -> None:
         intervals.interval_calibration(2 * s + 1)
     with pytest.raises(ValueError, match=r"levels must be above 0 and below 1, got \(95,\)"):
         intervals.interval_calibration(s, levels=(95,))
+
+
+@pytest.mark.parametrize("scale", [5e-6, 2e-3, 1500.0, 1e6])
+def test_logits_may_be_of_any_size(scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2000, 5, generator=generator, dtype=torch.float64)
+    labels = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+    one = TemperatureScaling().fit(logits, labels).temperature
+    torch.testing.assert_close(
+        TemperatureScaling().fit(logits * scale, labels).temperature, one * scale, rtol=1e-4, atol=0
+    )

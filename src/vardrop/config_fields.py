@@ -17,7 +17,7 @@ _FIELDS = {
     "attention": r"(attention|attn)(_probs)?_(p?drop|dropout)(_prob|_rate)?",
     "residual": r"(resid|residual)_(p?drop|dropout)",
     "embedding": r"(embd?|embed|embedding)_(p?drop|dropout)",
-    "hidden": r"(activation|ffn?|intermediate|feat_proj)_dropout",
+    "hidden": r"(activation|ffn?|intermediate|feat_proj|mlp)_dropout",
     "head": r"(classifier|cls|final|head|pooler|seq_classif|qa|summary_first|summary_last)_dropout(_prob|_rate)?",
     "path": r"drop_path_rate|((en|de)coder_)?layerdrop",
 }
@@ -39,11 +39,12 @@ class Place(NamedTuple):
     config: Any
     field: str
     governed: set[str]
+    path: str = "config"  # of the config in the module
 
     @property
     def name(self) -> str:
         """As reports call it."""
-        return ".".join(filter(None, [self.module, "config", self.field]))
+        return ".".join(filter(None, [self.module, self.path, self.field]))
 
     @property
     def has_value(self) -> bool:
@@ -58,12 +59,7 @@ class Place(NamedTuple):
 
 def places(model: nn.Module) -> Iterator[Place]:
     """The fields of all configs in a model that are dropout rates; those that are not understood govern nothing."""
-    seen: set[int] = set()
-    for name, module in model.named_modules():
-        config = getattr(module, "config", None)
-        if config is None or id(config) in seen or not callable(getattr(config, "to_dict", None)):
-            continue
-        seen.add(id(config))
+    for name, path, config in _configs(model):
         fields = [field for field, value in vars(config).items() if "drop" in field and is_rate(value)]
         absent = _ABSENT.get(getattr(config, "model_type", ""))
         if absent is not None and getattr(config, absent, None) is None:
@@ -72,11 +68,26 @@ def places(model: nn.Module) -> Iterator[Place]:
         for field in fields:
             wide = next((some for pattern, some in _GENERAL.items() if re.fullmatch(pattern, field)), None)
             if field in own:
-                yield Place(name, config, field, {own[field]})
+                yield Place(name, config, field, {own[field]}, path)
             elif wide is None:
-                yield Place(name, config, field, set())
+                yield Place(name, config, field, set(), path)
             elif rest := set(wide) - set(own.values()):
-                yield Place(name, config, field, rest)
+                yield Place(name, config, field, rest, path)
+
+
+def _configs(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
+    """Every config once: the module that has it, its path there, and itself. Parts that no module has come last."""
+    found = [(name, "config", getattr(module, "config", None)) for name, module in model.named_modules()]
+    seen: set[int] = set()
+    while found:
+        parts: list[tuple[str, str, Any]] = []
+        for name, path, config in found:
+            if id(config) in seen or not callable(getattr(config, "to_dict", None)):
+                continue
+            seen.add(id(config))
+            yield name, path, config
+            parts += [(name, f"{path}.{key}", part) for key, part in vars(config).items() if hasattr(part, "to_dict")]
+        found = parts
 
 
 def common_rate(place: Place, sites: list[Site], wanted: Mapping[str, float]) -> float | str:

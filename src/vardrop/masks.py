@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -12,7 +13,6 @@ from vardrop.half import wide_type
 
 _LEVELS = 1 << 16  # rates are multiples of 2^-16: sixteen random bits for every unit, four units in an int64
 _FEW = 1 << 8  # or of 2^-8, such as 1/4: eight bits; the rate 1/2 is one bit
-_POWERS = 1 << torch.arange(1, 8, dtype=torch.uint8).unsqueeze(1)  # of seven bits that a byte has for seven coins
 
 
 def bernoulli(
@@ -43,27 +43,37 @@ def bernoulli(
         bits = _bits(count, torch.int16, x, generator)
         level = (rate * _LEVELS).round().clamp(max=_LEVELS - 1)
         kept = (bits >= (level - _LEVELS // 2).to(torch.int16)).to(torch.uint8)
-        return _ordered(kept, sizes, x), torch.where(rate == 1, 0.0, _LEVELS / (_LEVELS - level.to(wide_type(x))))
+        scale = torch.where(rate == 1, 0.0, _LEVELS / (_LEVELS - level.to(wide_type(x))))
+        return _ordered(kept, sizes, x), scale.clamp(max=torch.finfo(x.dtype).max)  # inf times 0 is no number
     number = min(max(round(rate * _LEVELS), 1), _LEVELS - 1)
     if number == _LEVELS // 2:
         return _ordered(_coins(count, x, generator), sizes, x), None
-    scale = 0.0 if rate == 1 else _LEVELS / (_LEVELS - number)
+    factor = 0.0 if rate == 1 else _LEVELS / (_LEVELS - number)
     if number % _FEW:
         lowest = number - _LEVELS // 2  # of the bits that are kept
         kept = _at_least(_bits(count, torch.int16, x, generator), lowest).to(torch.uint8)
     else:
         lowest = number // _FEW - _FEW // 2
         kept = _at_least(_bits(count, torch.int8, x, generator), lowest).view(torch.uint8)
-    return _ordered(kept, sizes, x), scale
+    return _ordered(kept, sizes, x), factor
 
 
 def _coins(count: int, x: Tensor, generator: torch.Generator | None) -> Tensor:
     """2 or 0 for every unit, of one bit each: a seventh of them takes the second bits of some bytes, and so on."""
     bytes_ = _bits(-(-count // 7), torch.uint8, x, generator)
-    powers = _POWERS
-    if bytes_.device.type != "cpu" or type(bytes_) is not Tensor or torch.compiler.is_compiling():
-        powers = 1 << torch.arange(1, 8, dtype=torch.uint8, device=bytes_.device).unsqueeze(1)
+    special = bytes_.device.type != "cpu" or type(bytes_) is not Tensor or torch.compiler.is_compiling()
+    powers = _powers(bytes_.device) if special else _powers_of_the_processor()
     return (bytes_ & powers).clamp(max=2).view(-1)[:count]
+
+
+def _powers(device: torch.device | str) -> Tensor:
+    """2, 4, ..., 128: the bits of a byte that are coins."""
+    return 1 << torch.arange(1, 8, dtype=torch.uint8, device=device).unsqueeze(1)
+
+
+@functools.cache
+def _powers_of_the_processor() -> Tensor:
+    return _powers("cpu")
 
 
 def _bits(count: int, dtype: torch.dtype, x: Tensor, generator: torch.Generator | None) -> Tensor:

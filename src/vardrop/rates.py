@@ -56,6 +56,10 @@ def learned(initial: float = 0.5) -> Learned:
     return Learned(value)
 
 
+def _logit(p: float) -> float:
+    return math.log(p) - math.log1p(-p)
+
+
 # ---------------------------------------------------------------------------------------------------------- modules
 
 
@@ -64,7 +68,8 @@ class Rated(nn.Module):
 
     A number or the value of a schedule is the buffer ``rate_value``, float32 whatever type the module is cast to; a
     learned rate is the parameter ``rate_logit``, ``[1]``, as FSDP wants no fewer dimensions. A checkpoint without
-    either loads too, and leaves the rate alone, so that the layer can take the place of one from ``torch.nn``.
+    either loads too, and leaves the rate alone, so that the layer can take the place of one from ``torch.nn``. On the
+    meta device, where tensors hold nothing, the number is kept, and comes back with ``to_empty``.
 
     Subclasses say what they can do: ``learnable``, whether a gradient reaches the rate, and ``one``, whether p = 1 has
     a meaning.
@@ -91,6 +96,7 @@ class Rated(nn.Module):
     learnable: ClassVar[bool] = False
     one: ClassVar[bool] = True
     schedule: Schedule | None
+    _number = 0.5  # the rate that was last set, for tensors that hold nothing
 
     def __init__(self, p: Rate = 0.5) -> None:
         super().__init__()
@@ -101,9 +107,11 @@ class Rated(nn.Module):
                     f"vardrop.{type(self).__name__}: p must be a number or a schedule, got {p!r}; no gradient reaches "
                     "the rate of this noise: use GaussianDropout or ConcreteDropout to learn one"
                 )
-            self.rate_logit = nn.Parameter(torch.tensor([math.log(p.initial) - math.log1p(-p.initial)]))
+            self._number = p.initial
+            self.rate_logit = nn.Parameter(torch.tensor([_logit(p.initial)]))
         else:
-            self.register_buffer("rate_value", torch.tensor(self._check(p(0) if callable(p) else p)))
+            self._number = self._check(p(0) if callable(p) else p)
+            self.register_buffer("rate_value", torch.tensor(self._number))
 
     def _check(self, p: object) -> float:
         return checked_rate(p, type(self).__name__, self.one)
@@ -129,7 +137,8 @@ class Rated(nn.Module):
     @property
     def p(self) -> float:
         """The rate now as a number. Setting it sets the rate in place; a schedule goes on from its next step."""
-        return float(self.rate.detach())
+        rate = self.rate.detach()
+        return self._number if rate.is_meta else float(rate)
 
     @p.setter
     def p(self, value: float) -> None:
@@ -138,11 +147,16 @@ class Rated(nn.Module):
     def set_rate_(self, p: float) -> None:
         """Set the rate in place: buffers and parameters stay the same tensors."""
         value = self._check(p)
-        with torch.no_grad():
-            if self.is_learned:
-                self.rate_logit.fill_(torch.logit(torch.tensor(learned(value).initial, dtype=torch.float64)).item())
-            else:
-                self.rate_value.fill_(value)  # type: ignore[operator]
+        self._number = learned(value).initial if self.is_learned else value
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The rate as it was last set, or was made with: what a layer needs that was made on the meta device."""
+        if self.is_learned:
+            self.rate_logit.fill_(_logit(self._number))
+        else:
+            self.rate_value.fill_(self._number)  # type: ignore[operator]
 
     def extra_repr(self) -> str:
         if self.schedule is not None:
@@ -151,8 +165,12 @@ class Rated(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Casts move a fixed rate and leave its digits alone: bfloat16 has no 0.1."""
-        value = self._buffers.get("rate_value")
+        value, was_meta = self._buffers.get("rate_value"), self._held().is_meta
+        number = self.p
         super()._apply(fn, recurse)
+        if was_meta != self._held().is_meta:
+            self._number = number
+            self.reset_parameters()
         if value is not None:
             moved = self._buffers["rate_value"]
             if moved is not None and moved.dtype != value.dtype:
@@ -165,6 +183,12 @@ class Rated(nn.Module):
         missing = args[2]
         if keys.isdisjoint(state_dict):
             missing[:] = [key for key in missing if key not in keys]
+            if self._held().is_meta and args[0].get("assign_to_params_buffers"):  # the others get the checkpoint's
+                self.to_empty(device=next((x.device for x in state_dict.values() if isinstance(x, Tensor)), "cpu"))
+
+    def _held(self) -> Tensor:
+        """The tensor that holds the rate."""
+        return self.rate_logit if self.is_learned else self.rate_value  # type: ignore[return-value]
 
 
 class RateScheduler:
@@ -184,6 +208,7 @@ class RateScheduler:
 
     Raises:
         ValueError: if no layer has a rate to schedule, or a schedule gives a value outside [0, 1].
+        TypeError: if the schedule is no function.
 
     Example:
         >>> from vardrop import rates
@@ -203,6 +228,11 @@ class RateScheduler:
             for name, module in model.named_modules()
             if isinstance(module, Rated) and (where is None or fnmatch.fnmatchcase(name, where))
         }
+        if schedule is not None and not callable(schedule):
+            raise TypeError(
+                f"vardrop.RateScheduler: schedule must be a function of the step, got {schedule!r}; write "
+                "rates.linear(...), or lambda step: 0.1 for one rate"
+            )
         self.schedules: dict[str, tuple[Rated, Schedule]] = {}
         for name, module in rated.items():
             chosen = schedule or module.schedule

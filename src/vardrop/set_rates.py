@@ -164,9 +164,15 @@ def set_rates_(
         common = config_fields.common_rate(place, now, wanted)
         if isinstance(common, str):
             report.skipped[place.name] = common
-        else:
-            report.set[place.name] = place.rate, common
+            continue
+        before = place.rate
+        try:
             setattr(place.config, place.field, common)
+        except Exception as error:  # a config may check what it is given, and has its own errors
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+            report.skipped[place.name] = f"does not take {common:g}: {reason}"
+        else:
+            report.set[place.name] = before, common
     return report
 
 

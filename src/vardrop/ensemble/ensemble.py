@@ -166,6 +166,9 @@ class Ensemble(nn.Module):
         Returns:
             The prediction, in which one pass is one member.
 
+        Raises:
+            ValueError: for a loader without batches, and outputs that are not numbers.
+
         Example:
             >>> import torch, vardrop as vd
             >>> ensemble = vd.Ensemble(torch.nn.Linear(4, 3), members=5)
@@ -173,23 +176,27 @@ class Ensemble(nn.Module):
             >>> prediction.samples.shape, prediction.mutual_information.shape
             (torch.Size([5, 7, 3]), torch.Size([7]))
         """
-        from vardrop.prediction.moments import Collector, joined
-        from vardrop.prediction.prediction import Prediction
+        from vardrop.prediction.moments import Collector, Summary, check_numbers, joined
+        from vardrop.prediction.prediction import Prediction, beside
         from vardrop.prediction.structure import device_of, is_batches, moved, named, of_loader, single
 
-        name, summaries = "output", []
+        main, whole = "output", dict[str, list[Summary]]()
         with _evaluating(self), torch.no_grad():
-            for call in map(of_loader, x) if is_batches(x) else [single(x)]:
+            for call in map(of_loader, x) if is_batches(x, "Ensemble.predict") else [single(x)]:
                 args, kwargs = moved(call, device_of(self.modules()))
-                name, found = named(self(*args, **kwargs), select)
-                collector = Collector(outputs, class_dim, keep)
-                collector.add(found[name])
-                summaries.append(collector.summary())
-        if not summaries:
+                main, found = named(self(*args, **kwargs), select)
+                for name, tensor in found.items():
+                    collector = Collector(outputs if name == main else None, class_dim, keep)
+                    collector.add(tensor)
+                    whole.setdefault(name, []).append(collector.summary())
+                check_numbers(whole[main][-1].mean, "Ensemble.predict")
+        if not whole:
             raise ValueError("vardrop.Ensemble: predict needs a batch or more, got a loader that has none")
+        others, left_off = beside(whole, main, self.size)
         return Prediction(
-            joined(summaries), self.size, outputs, class_dim, engine="loop" if self.fallback else "vmap",
-            chunk=self.size, reason=self.fallback or "", name=name, sources=(f"{self.size} members",),
+            joined(whole[main]), self.size, outputs, class_dim, engine="loop" if self.fallback else "vmap",
+            chunk=self.size, reason=self.fallback or "", name=main, sources=(f"{self.size} members",), outputs=others,
+            left_off=left_off,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -84,6 +84,7 @@ def check_choice(owner: str, name: str, value: str, choices: Any) -> None:
         raise ValueError(f"vardrop.{owner}: {name} must be one of {', '.join(get_args(choices))}, got {value!r}")
 
 
-def inverse(kept: Tensor) -> Tensor:
-    """1 / kept, and 0 where nothing is kept."""
-    return torch.where(kept > 0, 1 / kept, 0.0)
+def inverse(kept: Tensor, dtype: torch.dtype) -> Tensor:
+    """1 / kept in another type, and 0 where nothing is kept; never infinite, as infinity times 0 is no number."""
+    largest = min(torch.finfo(dtype).max, torch.finfo(kept.dtype).max)
+    return torch.where(kept > 0, 1 / kept, 0.0).clamp(max=largest).to(dtype)

@@ -67,8 +67,9 @@ def _sparse_seeds(places: int, hazard: float, generator: torch.Generator | None)
     Points of a Poisson process of rate h per place: their number is Poisson, each falls anywhere. Numbers of points in
     different places are then independent, and P(none) = exp(-h): exactly the law of independent seeds.
     """
-    expected = torch.tensor(places * hazard, dtype=torch.float64)
-    return torch.randint(places, (int(torch.poisson(expected, generator=generator)),), generator=generator)
+    expected = torch.tensor(places * hazard, dtype=torch.float64, device="cpu")
+    count = int(torch.poisson(expected, generator=generator))
+    return torch.randint(places, (count,), generator=generator, device="cpu")
 
 
 def _sparse_mask(x: Tensor, channels: int, where: _Geometry, p: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -78,13 +79,13 @@ def _sparse_mask(x: Tensor, channels: int, where: _Geometry, p: Tensor, generato
     maps = mask.shape[0] * channels
     seed = _sparse_seeds(maps * math.prod(where.grid), float(where.hazard(p)), generator)
     strides = mask.stride()
-    index = torch.zeros((), dtype=torch.long)
+    index = torch.zeros((), dtype=torch.long, device="cpu")
     for axis in range(len(where.space) - 1, -1, -1):
         size, b = where.space[axis], where.block[axis]
         first = seed % where.grid[axis] - (b - 1 if where.extended else 0)
         seed = seed // where.grid[axis]
         # what of a block lies beyond the map falls on the rim, which that block covers anyway
-        units = (first[:, None] + torch.arange(b)).clamp_(0, size - 1) * strides[2 + axis]
+        units = (first[:, None] + torch.arange(b, device="cpu")).clamp_(0, size - 1) * strides[2 + axis]
         index = units.reshape(len(seed), b, *[1] * (index.ndim - 1)) + index[:, None] if index.ndim else units
     start = seed // channels * strides[0] + seed % channels * strides[1]
     index = index + start.reshape(-1, *[1] * len(where.space))
@@ -193,7 +194,7 @@ def drop_block(
     check_choice("drop_block", "seeds", seeds, Seeds)
     check_choice("drop_block", "rescale", rescale, Rescale)
     block = _checked_block(block_size, x.ndim - 2, "drop_block")
-    value = rate.detach() if isinstance(rate, Tensor) else torch.tensor(checked_rate(rate, "drop_block"))
+    value = rate.detach() if isinstance(rate, Tensor) else torch.tensor(checked_rate(rate, "drop_block"), device="cpu")
     if x.numel() == 0:
         return x
     p = value.to(x.device, _wide(x.device))
@@ -208,7 +209,7 @@ def drop_block(
         else:
             over = list(range(1 if rescale == "sample" else 0, x.ndim))
             kept = mask.mean(over, keepdim=True, dtype=torch.promote_types(mask.dtype, torch.float32))
-        scale = inverse(kept).to(mask.dtype)
+        scale = inverse(kept, mask.dtype)
         mask = mask.mul_(scale) if sparse else mask * scale
     return x * mask
 

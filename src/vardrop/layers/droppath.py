@@ -64,10 +64,10 @@ def drop_path(
         raise ValueError("vardrop.drop_path: x must have a batch dimension, got a number")
     if not (x.is_floating_point() or x.is_complex()):
         raise TypeError(f"vardrop.drop_path: x must be of a floating-point or complex type, got {x.dtype}")
-    p = rate.detach() if isinstance(rate, Tensor) else torch.tensor(checked_rate(rate, "drop_path"))
+    p = rate.detach() if isinstance(rate, Tensor) else torch.tensor(checked_rate(rate, "drop_path"), device="cpu")
     noise = coins(x.shape[0] if mode == "row" else 1, p, x.device, generator).to(x.real.dtype)
     if scaling == "inverted":
-        noise = noise * inverse(1 - p.to(noise.device)).to(noise.dtype)
+        noise = noise * inverse(1 - p.to(noise.device), noise.dtype)
     return x * noise.reshape(-1, *[1] * (x.ndim - 1))
 
 

@@ -60,7 +60,7 @@ class TokenDropout(Drop):
                 "vardrop.TokenDropout: tokens must be given where, and only where, words are dropped by type, got "
                 f"tokens {'missing' if tokens is None else 'given'} with num_types={self.num_types}"
             )
-        if not self.training:
+        if not self.training or self.off:
             return x
         if tokens is None or self.num_types is None:
             return drop(x, self.rate, shared=-1, generator=source(generator))
@@ -172,7 +172,7 @@ class ResidualDropout(Drop):
     def forward(  # type: ignore[override]
         self, x: Tensor, residual: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
-        return residual + (drop(x, self.rate, generator=source(generator)) if self.training else x)
+        return residual + (drop(x, self.rate, generator=source(generator)) if self.training and not self.off else x)
 
 
 class DropConnect(Drop):

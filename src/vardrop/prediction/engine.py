@@ -20,7 +20,7 @@ from vardrop.memory import keep_freed
 from vardrop.prediction import chunks, seeds
 from vardrop.prediction.noise_mode import watched
 from vardrop.prediction.prefix import Prefix, Sizes, TooMany
-from vardrop.prediction.structure import Call, Inputs, Select, named
+from vardrop.prediction.structure import Call, Inputs, Select, named, tensors
 
 Outputs = dict[str, Tensor]  # name -> [passes, N, ...]
 Named = tuple[str, Outputs]  # and the name of the main one
@@ -73,6 +73,7 @@ class Engine:
         self._sizes: dict[Any, int] = {}  # shapes of a batch -> passes at once
         self._keeps_prefix = True
         self._watches = watches
+        self._generators = seeds.generators(model.modules()) if watches else []
         keep_freed()
 
     def run(self, call: Call, samples: int, take: Take) -> None:
@@ -107,7 +108,7 @@ class Engine:
         while done < samples and not self.silent:
             count = min(trial, samples - done) if trial else chunks.even(samples - done, size or 1)
             only = count == samples  # no chunk will follow that could be answered from notes
-            before = None if done or not self._watches else seeds.foreign()
+            before = None if done or not self._watches else seeds.foreign(self._generators)
             with self._memory(call, prefix, count, measure=trial > 0 or done == 0) as memory:
                 try:
                     sizes.passes = count if trial > 1 and not done else 1
@@ -117,7 +118,7 @@ class Engine:
                     prefix = Prefix(sizes)
                     trial = self._sizes[shape] = 1
                     continue
-                if before is not None and seeds.foreign() != before:
+                if before is not None and seeds.foreign(self._generators) != before:
                     raise Refused("the model draws from Python's or numpy's random numbers, which know nothing of vmap")
                 place = piece[self.main].device
                 take(piece)
@@ -155,11 +156,11 @@ class Engine:
         prefix = Prefix()
         waiting: list[Outputs] = []
         for index in range(samples):
-            before = seeds.foreign() if index < 2 and self._watches else None
+            before = seeds.foreign(self._generators) if index < 2 and self._watches else None
             with self._memory(call, prefix, 1, measure=index == 0):
                 self.main, found = self._with(prefix)
                 waiting.append(found)
-            if before is not None and seeds.foreign() != before:
+            if before is not None and seeds.foreign(self._generators) != before:
                 prefix.forget()
                 prefix.random = True
             if index == 1 and not prefix.random:
@@ -206,18 +207,21 @@ class Engine:
         with chunks.Peak(held) as peak:
             prefix.at_noise = peak.mark
             yield peak
-        if peak.most > self._max_memory and (count == 1 or self._asked is not None):
-            passes = "one pass" if count == 1 else f"chunk={count} passes"
-            examples = next((len(tensor) for tensor in _tensors(call) if tensor.ndim), 0)
-            raise ValueError(
-                f"vardrop.mc_predict: max_memory must have room for {passes} over a batch of {examples} examples, "
-                f"which take {peak.most:,} bytes, got {self._max_memory:,}; give more, or smaller batches"
-            )
+        if peak.most <= self._max_memory:
+            return
+        if count > 1 and self._asked is None:
+            raise torch.OutOfMemoryError  # fewer at once may fit
+        passes = "one pass" if count == 1 else f"chunk={count} passes"
+        examples = next((len(tensor) for tensor in _tensors(call) if tensor.ndim), 0)
+        raise ValueError(
+            f"vardrop.mc_predict: max_memory must have room for {passes} over a batch of {examples} examples, "
+            f"which take {peak.most:,} bytes, got {self._max_memory:,}; give more, or smaller batches"
+        )
 
 
 def _tensors(call: Call) -> list[Tensor]:
-    """The arguments that are tensors: what the size of the activations depends on, as far as they tell."""
-    return [value for value in (*call.args, *call.kwargs.values()) if isinstance(value, Tensor)]
+    """The tensors in the arguments: what the size of the activations depends on, as far as they tell."""
+    return list(tensors((*call.args, call.kwargs)).values())
 
 
 @contextmanager

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vardrop.ensemble.ensemble import Ensemble
 from vardrop.prediction import probe, seeds
 from vardrop.prediction.engine import Engine, Refused
-from vardrop.prediction.moments import KINDS, Collector, Summary, joined
-from vardrop.prediction.prediction import Prediction
+from vardrop.prediction.moments import KINDS, Collector, Summary, check_numbers, joined
+from vardrop.prediction.prediction import Prediction, beside
 from vardrop.prediction.progress import Bar
 from vardrop.prediction.stochastic import opened
 from vardrop.prediction.structure import Call, Select, device_of, is_batches, moved, of_loader, single
@@ -47,7 +48,8 @@ def mc_predict(
     stays in evaluation. Everything is put back afterwards. An output that does not vary is an error, never an answer.
 
     Under vmap what stands before the first noise runs once for all passes. Where vmap refuses, the passes are made one
-    by one, and ``prediction.reason`` says why. No gradients are kept.
+    by one, and ``prediction.reason`` says why. No gradients are kept. Threads that predict take turns, as torch has
+    one default generator for all of them.
 
     Args:
         model: any module.
@@ -78,7 +80,7 @@ def mc_predict(
     Raises:
         ValueError: for arguments outside those above, a device where nothing of the model is, no batches, outputs that
             are not numbers or not what ``outputs`` says, and a ``max_memory`` too small for one pass.
-        TypeError: if ``model`` is no module.
+        TypeError: if ``model`` is no module, or is a :class:`vardrop.Ensemble`, or ``x`` is an array.
         RuntimeError: if the outputs do not vary, or ``engine="vmap"`` cannot run the model.
 
     Example:
@@ -91,7 +93,7 @@ def mc_predict(
     _check(model, samples, outputs, engine, chunk, max_memory)
     several = is_batches(x)
     whole: dict[str, list[Summary]] = {}
-    with torch.inference_mode(False), torch.no_grad(), opened(model) as (noise, modules):
+    with torch.inference_mode(False), torch.no_grad(), opened(model) as (noise, modules), seeds.LOCK:
         place = device_of(modules) if device is None else _place(model, device)
         devices = seeds.accelerators(itertools.chain(model.parameters(), model.buffers()))
         runner = Engine(model, select, engine, chunk, max_memory, seeds.may_be_foreign(modules))
@@ -113,6 +115,11 @@ def _check(
 ) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"vardrop.mc_predict: model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, Ensemble):
+        raise TypeError(
+            "vardrop.mc_predict: model must be one network, got an Ensemble, whose outputs have an axis of members; "
+            "use ensemble.predict(x), or vd.mc_predict on one of ensemble.members()"
+        )
     if not isinstance(samples, int) or samples < 2:
         raise ValueError(
             f"vardrop.mc_predict: samples must be a whole number of passes, 2 or more, got {samples!r}; one pass has "
@@ -123,7 +130,7 @@ def _check(
     if engine not in _ENGINES:
         raise ValueError(f"vardrop.mc_predict: engine must be one of {', '.join(_ENGINES)}, got {engine!r}")
     for name, value in (("chunk", chunk), ("max_memory", max_memory)):
-        if value is not None and (not isinstance(value, int) or value < 1):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"vardrop.mc_predict: {name} must be a positive whole number or None, got {value!r}")
 
 
@@ -221,13 +228,7 @@ class _Collected:
                 probe.reason(self.runner.model, noise.sources, noise.left_off, samples, self.runner.silent)
             )
         found = {name: collector.summary() for name, collector in self.collectors.items()}
-        wrong = found[self.runner.main].mean.isnan()
-        if bool(wrong.any()):
-            examples = int(wrong.flatten(1).any(1).sum()) if wrong.ndim > 1 else int(wrong.sum())
-            raise ValueError(
-                f"vardrop.mc_predict: outputs must be numbers, got nan for {examples} of {len(wrong)} examples; look "
-                "at the inputs, and at the model in evaluation"
-            )
+        check_numbers(found[self.runner.main].mean, "mc_predict")
         return found
 
 
@@ -235,18 +236,7 @@ def _prediction(
     runner: Engine, whole: dict[str, list[Summary]], samples: int, outputs: str | None, class_dim: int, noise: Any
 ) -> Prediction:
     """The answer, with the other outputs beside the main one."""
-    examples = [len(part.mean) for part in whole[runner.main]]
-    others, left_off = {}, {}
-    for name, parts in whole.items():
-        if name == runner.main:
-            continue
-        try:
-            fits = [part.mean.shape[:1] == (count,) for part, count in zip(parts, examples, strict=True)]
-            if len(parts) > 1 and not all(fits):
-                raise ValueError("its first axis is not that of the examples, so batches of it have no order")
-            others[name] = Prediction(joined(parts), samples, name=name)
-        except (ValueError, RuntimeError) as error:
-            left_off[name] = str(error).splitlines()[0]
+    others, left_off = beside(whole, runner.main, samples)
     return Prediction(
         joined(whole[runner.main]),
         samples,
@@ -259,4 +249,5 @@ def _prediction(
         tuple(source.name for source in noise.sources),
         others,
         left_off,
+        dict(noise.left_off),
     )

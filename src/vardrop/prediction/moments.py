@@ -170,3 +170,14 @@ class Collector:
             mutual_information=difference.to(dtype),
             votes=self.votes,
         )
+
+
+def check_numbers(mean: Tensor, owner: str) -> None:
+    """Refuse outputs whose mean over the passes ``[N, ...]`` is not a number somewhere."""
+    wrong = mean.isnan()
+    if bool(wrong.any()):
+        examples = int(wrong.flatten(1).any(1).sum()) if wrong.ndim > 1 else int(wrong.sum())
+        raise ValueError(
+            f"vardrop.{owner}: outputs must be numbers, got nan for {examples} of {len(wrong)} examples; look at the "
+            "inputs, and at the model in evaluation"
+        )

@@ -30,6 +30,10 @@ def remember(names: Mapping[nn.Module, str]) -> list[Kept]:
     kept = []
     for module, shown in names.items():
         for key, buffer in module._buffers.items():
+            if isinstance(buffer, nn.parameter.UninitializedBuffer):
+                raise RuntimeError(
+                    f"vardrop.stochastic: a model must know its shapes, got the lazy {shown!r}; run a forward first"
+                )
             if buffer is not None:
                 copy = copies.setdefault(id(buffer), buffer.detach().clone())
                 kept.append(Kept(module, shown, key, buffer, _version(buffer), copy))

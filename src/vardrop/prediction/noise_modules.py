@@ -155,9 +155,9 @@ def _of_code(module: nn.Module, kind: str) -> _Verdict:
         told = {(_kind_of(use), use.rate(module)) for use in noise}
     if not told:
         could_be = not _has_state(module) and not any(module.children())  # nothing but noise, perhaps
-        unknown = next((use.text for use in other if could_be or use.rate(module) is not None), None)
+        unknown = next((use.text for use in other if could_be or use.mixed or use.rate(module) is not None), None)
         return _Verdict(why_off=unknown and f"it is not known as noise what its code does in training: {unknown}")
-    if other and any(use.kind == "noise" for use in noise):
+    if other and any(use.kind == "noise" or use.mixed for use in active):
         return _Verdict(why_off=_MORE_THAN_NOISE + other[0].text)
     return _Verdict(not other, tuple(sorted(told, key=str)))
 

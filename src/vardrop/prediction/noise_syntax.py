@@ -35,6 +35,7 @@ class Found(NamedTuple):
         rates: where the rates that are read there stand on the module.
         number: a rate that is written into the code.
         guards: conditions on the module that are tested with it: where one is false, nothing hangs on the flag.
+        mixed: whether there are words of noise in what is something else.
     """
 
     kind: Literal["noise", "functional", "else"]
@@ -42,6 +43,7 @@ class Found(NamedTuple):
     rates: tuple[Chain, ...] = ()
     number: float | None = None
     guards: tuple[types.CodeType, ...] = ()
+    mixed: bool = False
 
 
 def uses(definition: ast.FunctionDef, function: types.FunctionType) -> Iterator[Found]:
@@ -104,15 +106,14 @@ def _judge(read: ast.AST, parents: dict[ast.AST, ast.AST], own: str, function: t
         around = [_statement(parent, parents)]
     text = ast.unparse(parent.test if isinstance(parent, ast.If) else parent)
     told = words | _words(around)
-    is_noise = any(map(_NOISE.search, told)) and not any(map(_SHAPES.search, told))
+    is_noise = has_words = any(map(_NOISE.search, told)) and not any(map(_SHAPES.search, told))
     if is_noise and isinstance(parent, ast.If):
         plain = not any(map(_ELSE.search, _words([parent, *around])))
         is_noise = plain and not _changes(around, own) and _returns_alike(parent, around)
     if isinstance(parent, ast.If):
         text = f"if {text}"
-    return Found(
-        "noise" if is_noise else "else", text, _chains(around if is_noise else [condition], own), guards=guards
-    )
+    rates = _chains(around if has_words else [condition], own)
+    return Found("noise" if is_noise else "else", text, rates, guards=guards, mixed=has_words and not is_noise)
 
 
 def _judge_call(call: ast.Call, own: str, function: types.FunctionType) -> Found | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vardrop.prediction import measures
-from vardrop.prediction.moments import KINDS, Summary
+from vardrop.prediction.moments import KINDS, Summary, joined
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -33,6 +33,7 @@ class Prediction:
         sources: what made the noise.
         outputs: the other tensors of the model's output by name, each a prediction of its values.
         left_off: names of tensors that are not in ``outputs``, and why.
+        noise_left_off: modules that look like noise and stayed off, and why: their part of the spread is missing.
 
     Example:
         >>> import torch, vardrop as vd
@@ -53,6 +54,7 @@ class Prediction:
     sources: tuple[str, ...] = ()
     outputs: Mapping[str, Prediction] = field(default_factory=dict)
     left_off: Mapping[str, str] = field(default_factory=dict)
+    noise_left_off: Mapping[str, str] = field(default_factory=dict)
 
     # ------------------------------------------------------------------------------------------------- any output
 
@@ -219,6 +221,9 @@ class Prediction:
         if self.sources:
             shown = ", ".join(self.sources[:4])
             lines.append(f"noise: {shown}{f' and {len(self.sources) - 4} more' if len(self.sources) > 4 else ''}")
+        lines += [f"noise left off: {name}: {reason}" for name, reason in list(self.noise_left_off.items())[:4]]
+        if len(self.noise_left_off) > 4:
+            lines.append(f"noise left off: {len(self.noise_left_off) - 4} more")
         if self.outputs:
             lines.append(f"also in .outputs: {', '.join(self.outputs)}")
         return "\n  ".join(lines)
@@ -242,3 +247,26 @@ class Prediction:
                 f"vardrop.Prediction.{what}: is for predicted values, got classes (outputs={self.kind!r}); their "
                 "uncertainty is in predictive_entropy and mutual_information"
             )
+
+
+def beside(whole: Mapping[str, list[Summary]], main: str, passes: int) -> tuple[dict[str, Prediction], dict[str, str]]:
+    """Predictions of all outputs but the main one, and why there is none of some.
+
+    Args:
+        whole: name of the output -> what was collected over every batch.
+        main: the name of the main output.
+        passes: T.
+    """
+    examples = [len(part.mean) for part in whole[main]]
+    others, left_off = {}, {}
+    for name, parts in whole.items():
+        if name == main:
+            continue
+        try:
+            fits = [part.mean.shape[:1] == (count,) for part, count in zip(parts, examples, strict=True)]
+            if len(parts) > 1 and not all(fits):
+                raise ValueError("its first axis is not that of the examples, so batches of it have no order")
+            others[name] = Prediction(joined(parts), passes, name=name)
+        except (ValueError, RuntimeError) as error:
+            left_off[name] = str(error).splitlines()[0]
+    return others, left_off

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,17 +28,24 @@ def accelerators(tensors: Iterable[torch.Tensor]) -> list[torch.device]:
     return sorted({t.device for t in tensors if t.device.type not in ("cpu", "meta")}, key=str)
 
 
+LOCK = threading.RLock()  # held while the generators are lent: torch has one of a kind for all threads
+
+
 @contextmanager
 def lent(devices: list[torch.device]) -> Iterator[None]:
-    """Everything inside may seed and draw; afterwards the generators of the CPU and these devices are as before."""
-    states = [(device, torch.get_device_module(device).get_rng_state(device)) for device in devices]
-    state = torch.default_generator.get_state()
-    try:
-        yield
-    finally:
-        torch.default_generator.set_state(state)
-        for device, before in states:
-            torch.get_device_module(device).set_rng_state(before, device)
+    """Everything inside may seed and draw; afterwards the generators of the CPU and these devices are as before.
+
+    One thread at a time: the others wait.
+    """
+    with LOCK:
+        states = [(device, torch.get_device_module(device).get_rng_state(device)) for device in devices]
+        state = torch.default_generator.get_state()
+        try:
+            yield
+        finally:
+            torch.default_generator.set_state(state)
+            for device, before in states:
+                torch.get_device_module(device).set_rng_state(before, device)
 
 
 def sow(seed: int, devices: list[torch.device]) -> None:
@@ -62,8 +71,15 @@ def may_be_foreign(modules: Iterable[nn.Module]) -> bool:
     )
 
 
-def foreign() -> tuple[Any, ...]:
-    """The state of the generators that are not torch's: Python's and numpy's. It changes if somebody draws."""
+def generators(modules: Iterable[nn.Module]) -> list[Any]:
+    """The generators of Python and of numpy that modules have as attributes."""
+    numpy = sys.modules.get("numpy")
+    kinds = (random.Random, *((numpy.random.Generator, numpy.random.RandomState) if numpy is not None else ()))
+    return [value for module in modules for value in vars(module).values() if isinstance(value, kinds)]
+
+
+def foreign(own: Iterable[Any]) -> tuple[Any, ...]:
+    """The state of generators that are not torch's: Python's, numpy's and ``own``. It changes if somebody draws."""
     numpy = sys.modules.get("numpy")
     state = numpy.random.get_state() if numpy is not None else ()
-    return random.getstate(), *((state[1].tobytes(), state[2]) if state else ())
+    return random.getstate(), *((state[1].tobytes(), state[2]) if state else ()), *map(pickle.dumps, own)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 Select = str | int | Callable[[Any], Tensor]
 MAIN = "output"  # the name of the only tensor there is, or of what a function selects
@@ -20,16 +21,23 @@ class Call(NamedTuple):
     kwargs: dict[str, Any]
 
 
-def is_batches(x: Any) -> bool:
+def is_batches(x: Any, owner: str = "mc_predict") -> bool:
     """Whether x is a loader or another iterable of batches, and not one batch."""
-    return isinstance(x, Iterable) and not isinstance(x, Tensor | tuple | Mapping | str)
+    if isinstance(x, Tensor | PackedSequence):
+        return False
+    if isinstance(x, str) or hasattr(x, "__array__"):
+        raise TypeError(
+            f"vardrop.{owner}: x must be a tensor, a structure of tensors or a loader, got a {type(x).__name__}; write "
+            "torch.as_tensor(numpy.asarray(x), dtype=torch.float32)"
+        )
+    return isinstance(x, Iterable) and not isinstance(x, tuple | Mapping)
 
 
 def single(x: Any) -> Call:
     """One batch as it was given: a tensor, a tuple of arguments, or a mapping of keyword arguments."""
     if isinstance(x, Mapping):
         return Call((), dict(x))
-    return Call(x if isinstance(x, tuple) else (x,), {})
+    return Call(x if isinstance(x, tuple) and not isinstance(x, PackedSequence) else (x,), {})
 
 
 def of_loader(batch: Any) -> Call:

@@ -146,8 +146,8 @@ class _Labels:
 
 def check_count(count: int, cases: int) -> None:
     """Refuse to choose none, or more than there are."""
-    if not 1 <= count <= cases:
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= cases:
         raise ValueError(
-            f"vardrop.acquire: count must be from 1 to the {cases} cases there are, got {count}; score more cases, or "
-            "choose fewer"
+            f"vardrop.acquire: count must be a whole number from 1 to the {cases} cases there are, got {count}; score "
+            "more cases, or choose fewer"
         )

@@ -210,6 +210,10 @@ def select(
         >>> chosen.at(share=0.25).risk < chosen.at(share=0).risk
         True
     """
+    if not isinstance(labels, Tensor):
+        raise TypeError(
+            f"vardrop.select: labels must be a tensor, got a {type(labels).__name__}; write torch.as_tensor(labels)"
+        )
     if isinstance(prediction, Tensor):
         if by is not None:
             raise ValueError(

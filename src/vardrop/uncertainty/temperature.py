@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vardrop.uncertainty.inputs import checked_labels, exact
 
-_GRID = [float(log_beta) for log_beta in range(-7, 8)]  # of log(1 / T); the best point is then refined
+_GRID = [float(log_beta) for log_beta in range(-7, 8)]  # of log(s / T), s the spread of the logits; then refined
 
 
 class TemperatureScaling(nn.Module):
@@ -82,7 +82,9 @@ class TemperatureScaling(nn.Module):
             )
         z = z if z.ndim == 3 else z[None]
         y = checked_labels(labels, *z.shape[1:]).to(z.device)
-        values = [_value(z, y, math.exp(log_beta)) for log_beta in _GRID]
+        spread = float((z - z.mean(-1, keepdim=True)).square().mean().sqrt()) or 1.0
+        grid = [log_beta - math.log(spread) for log_beta in _GRID]
+        values = [_value(z, y, math.exp(log_beta)) for log_beta in grid]
         best = max(range(len(_GRID)), key=lambda i: (-values[i], i))  # the last, as 0 may be reached early
         if best in (0, len(_GRID) - 1):
             wrong = (z.softmax(-1).mean(0).argmax(-1) != y).double().mean().item()
@@ -91,7 +93,7 @@ class TemperatureScaling(nn.Module):
                 f"grows towards {'infinity' if best == 0 else '0'} on {len(y)} cases, {wrong:.2%} of them wrong; take "
                 "more validation data, with some that are wrong, or leave the temperature at 1"
             )
-        self.temperature.fill_(math.exp(-_refined(z, y, *_GRID[best - 1 : best + 2])))
+        self.temperature.fill_(math.exp(-_refined(z, y, *grid[best - 1 : best + 2])))
         return self
 
     def extra_repr(self) -> str:
