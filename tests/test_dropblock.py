@@ -79,6 +79,20 @@ def test_the_rate_is_the_requested_one_on_every_map(b: int, share_channels: bool
 
 
 @pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("b", range(1, 10))
+@pytest.mark.parametrize("p", [0.02, 0.3])
+def test_the_rate_is_the_requested_one_at_every_size(b: int, p: float) -> None:
+    """Every height from 1 to 56, each with another width, in both ways to draw seeds."""
+    far = []
+    for h in range(1, 57):
+        w = 1 + 23 * h % 56
+        gone = dropped((2, max(100, 40_000 // (h * w)), h, w), p, b).flatten(0, 1)
+        share = gone.flatten(1).double().mean(1)
+        far.append(abs(share.mean() - p) / max(share.std(), (p * (1 - p) / h / w) ** 0.5) * len(share) ** 0.5)
+    assert max(far) < 5, f"height {1 + far.index(max(far))}"
+
+
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize(
     ("space", "b"),
     [
