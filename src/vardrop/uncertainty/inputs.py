@@ -95,7 +95,8 @@ def checked_samples(samples: Tensor) -> Tensor:
     if samples.ndim != 3 or 0 in samples.shape:
         raise ValueError(
             f"vardrop.uncertainty: probabilities of every pass are needed, [T, N, C], got {tuple(samples.shape)}; "
-            "stack the passes on a first axis"
+            "stack the passes on a first axis; of answers at many places 'bald', 'entropy', 'variation_ratio' and "
+            "'least_confident' take the mean, if they are given the prediction"
         )
     return _checked(samples, "samples")
 
