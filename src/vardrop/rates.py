@@ -165,12 +165,12 @@ class Rated(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Casts move a fixed rate and leave its digits alone: bfloat16 has no 0.1."""
-        value, was_meta = self._buffers.get("rate_value"), self._held().is_meta
-        number = self.p
+        value, before = self._buffers.get("rate_value"), self._held().detach()
         super()._apply(fn, recurse)
-        if was_meta != self._held().is_meta:
-            self._number = number
+        if before.is_meta and not self._held().is_meta:
             self.reset_parameters()
+        elif self._held().is_meta and not before.is_meta and before.numel() == 1:  # not one for each of several members
+            self._number = float(torch.sigmoid(before) if self.is_learned else before)
         if value is not None:
             moved = self._buffers["rate_value"]
             if moved is not None and moved.dtype != value.dtype:
