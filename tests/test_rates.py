@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-import vardrop as vd
 from vardrop import layers, rates
 from vardrop.rates import Rated, RateScheduler
 
@@ -215,9 +214,6 @@ def test_the_number_outlives_the_meta_device() -> None:
     assert net[1].p == 0.25
     gaussian.p = 0.4
     assert gaussian.to("meta").to_empty(device="cpu").p == pytest.approx(0.4)
-    members = vd.Ensemble(nn.Sequential(nn.Linear(3, 3), gaussian), 2).double()  # with rates of their own
-    members.to("meta").to_empty(device="cpu")
-    assert members.stacked[1].rate_logit.shape == (2, 1)
 
 
 def test_a_schedule_must_be_a_function() -> None:

@@ -169,7 +169,7 @@ class Rated(nn.Module):
         super()._apply(fn, recurse)
         if before.is_meta and not self._held().is_meta:
             self.reset_parameters()
-        elif self._held().is_meta and not before.is_meta and before.numel() == 1:  # not one for each of several members
+        elif self._held().is_meta and not before.is_meta and before.numel() == 1:  # a shard may hold nothing
             self._number = float(torch.sigmoid(before) if self.is_learned else before)
         if value is not None:
             moved = self._buffers["rate_value"]
