@@ -94,10 +94,19 @@ def test_norms_of_what_is_left_are_those_of_all(
         x = torch.randn(2, *shape, generator=generator, dtype=DOUBLE) + 100
         at = [1] * x.ndim
         at[axis] = 12
+        x.requires_grad_()
         full = torch.where(stored.view(at), x, gone.view(at))
         small = kind(norm, stored, gone, outputs)
         expected = norm(full).index_select(axis, outputs.nonzero().flatten())
-        torch.testing.assert_close(small(x.index_select(axis, stored.nonzero().flatten())), expected)
+        given = x.detach().index_select(axis, stored.nonzero().flatten()).requires_grad_()
+        found = small(given)
+        torch.testing.assert_close(found, expected)
+        with torch.no_grad():
+            torch.testing.assert_close(small(given), expected)
+        weights = torch.randn(expected.shape, generator=generator, dtype=DOUBLE)
+        (dense,) = torch.autograd.grad((weights * expected).sum(), x)
+        (own,) = torch.autograd.grad((weights * found).sum(), given)
+        torch.testing.assert_close(own, dense.index_select(axis, stored.nonzero().flatten()), rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", ["layer", "rms", "group"])
@@ -410,9 +419,14 @@ def test_the_stream_of_an_encoder_gets_narrower(norm_first: bool, final: bool) -
     assert isinstance(layer, EncoderLayer)
     assert (layer.linear1.in_features, layer.linear2.out_features, layer.self_attn.in_features[0]) == (5, 5, 5)
     assert (small.stem.out_features, small.head.in_features) == (5, 5)
+    x.requires_grad_()
+    (dense,) = torch.autograd.grad(model(x).square().sum(), x)
+    torch.testing.assert_close(torch.autograd.grad(small(x).square().sum(), x)[0], dense)
     small = vd.compact(model, (x, padding))
     torch.testing.assert_close(small(x, padding), model(x, padding))
     assert small.train()(x, padding).requires_grad
+    frozen = vd.compact(model.requires_grad_(False), (x, padding))
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
 
 
 @pytest.mark.parametrize("norm_first", [True, False])
@@ -507,3 +521,43 @@ def test_compact_norms_run_in_onnx(tmp_path: Any) -> None:
     other = torch.randn(7, 2, 5, 5)
     (made,) = session.run(None, {session.get_inputs()[0].name: other.numpy()})
     torch.testing.assert_close(torch.from_numpy(made), model(other).detach(), rtol=1e-4, atol=1e-5)
+
+
+def cross(width: int | None = None) -> nn.Module:
+    """Attention of a query to something else."""
+
+    class Cross(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(6, 3, kdim=width, vdim=width, batch_first=True)
+
+        def forward(self, query: Tensor, other: Tensor) -> Tensor:
+            return self.attention(query, other, other, need_weights=False)[0]
+
+    model = randomised(Cross())
+    unread(model.attention.out_proj, channels=(2, 3))
+    return model
+
+
+def test_projections_of_attention_to_something_else_are_the_module_that_is_there() -> None:
+    model, inputs = cross(), (torch.randn(2, 4, 6, dtype=DOUBLE), torch.randn(2, 5, 6, dtype=DOUBLE))
+    small, called = vd.compact(model, inputs), []
+    torch.testing.assert_close(small(*inputs), model(*inputs))
+    small.attention.in_proj.register_forward_hook(lambda *_: called.append(1))
+    torch.testing.assert_close(small(*inputs), model(*inputs))
+    assert called
+    model, inputs = cross(5), (inputs[0], torch.randn(2, 5, 5, dtype=DOUBLE))
+    model.attention.k_proj_weight.requires_grad_(False)
+    small = vd.compact(model, inputs)
+    torch.testing.assert_close(small(*inputs), model(*inputs))
+    assert [layer.weight.requires_grad for layer in small.attention.in_proj] == [True, False, True]
+
+
+def test_heads_that_die_in_compacted_attention_are_told() -> None:
+    model, inputs = cross(), (torch.randn(2, 4, 6, dtype=DOUBLE), torch.randn(2, 5, 6, dtype=DOUBLE))
+    small = vd.compact(model, inputs)
+    assert small.attention.num_heads == 2
+    unread(small.attention.out_proj, channels=(0, 1))
+    again = vd.compact(small, inputs)
+    torch.testing.assert_close(again(*inputs), small(*inputs))
+    assert "1 of 2 heads could go, but it is compact already" in again.compaction.left["attention"]

@@ -40,21 +40,23 @@ class CompactAttention(nn.Module):
         self._qkv_same_embed_dim, self.in_proj_bias = False, None  # transformer layers ask, for their fused path
         rows = _entries(heads, attention.head_dim)
         parts = zip(*projections(attention), strict=True)
-        self.project([(weight[rows], None if shift is None else shift[rows]) for weight, shift in parts])
-        self.out_proj = _linear(attention.out_proj.weight.detach()[:, rows], bias)
+        self.project([(w[rows], None if b is None else b[rows]) for w, b in parts], _trainable(attention))
+        self.out_proj = _linear(
+            attention.out_proj.weight.detach()[:, rows], bias, attention.out_proj.weight.requires_grad
+        )
         self.train(attention.training)
 
     in_proj: nn.Linear | nn.ModuleList
     out_proj: nn.Linear
 
-    def project(self, parts: list[Part]) -> None:
+    def project(self, parts: list[Part], trainable: list[bool]) -> None:
         """Take weight and bias of query, key and value: as one layer if they read equally many channels, else three."""
         if len({weight.shape[1] for weight, _ in parts}) > 1:
-            self.in_proj = nn.ModuleList(_linear(*part) for part in parts)
+            self.in_proj = nn.ModuleList(_linear(*part, some) for part, some in zip(parts, trainable, strict=True))
             return
         biases = [weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in parts]
         bias = None if all(bias is None for _, bias in parts) else torch.cat(biases)
-        self.in_proj = _linear(torch.cat([weight for weight, _ in parts]), bias)
+        self.in_proj = _linear(torch.cat([weight for weight, _ in parts]), bias, any(trainable))
 
     def parts(self) -> list[Part]:
         """Weight and bias of query, key and value."""
@@ -99,6 +101,9 @@ class CompactAttention(nn.Module):
             return tuple(layer(x) for layer, x in zip(self.in_proj, inputs, strict=True))
         if all(x is inputs[0] for x in inputs):  # attention to oneself: one product
             return self.in_proj(inputs[0]).chunk(3, -1)
+        hooks = self.in_proj._forward_hooks or self.in_proj._forward_pre_hooks
+        if type(self.in_proj) is not nn.Linear or hooks:  # whatever it has become, it is what projects
+            return tuple(self.in_proj(x).chunk(3, -1)[i] for i, x in enumerate(inputs))
         return tuple(F.linear(x, weight, bias) for x, (weight, bias) in zip(inputs, self.parts(), strict=True))
 
     def _mask(self, attention: Tensor | None, padding: Tensor | None, q: Tensor) -> Tensor | None:
@@ -118,12 +123,21 @@ class CompactAttention(nn.Module):
         return f"heads={self.num_heads} of {self.all_heads}, head_dim={self.head_dim}"
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+def _linear(weight: Tensor, bias: Tensor | None, trainable: bool) -> nn.Linear:
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    layer.weight = nn.Parameter(weight.clone())
+    layer.weight = nn.Parameter(weight.clone(), trainable)
     if bias is not None:
-        layer.bias = nn.Parameter(bias.clone())
+        layer.bias = nn.Parameter(bias.clone(), trainable)
     return layer
+
+
+def _trainable(attention: nn.MultiheadAttention | CompactAttention) -> list[bool]:
+    """Whether query, key and value are trained."""
+    if isinstance(attention, CompactAttention):
+        return [weight.requires_grad for weight, _ in attention.parts()]
+    if attention.in_proj_weight is not None:
+        return [attention.in_proj_weight.requires_grad] * 3
+    return [getattr(attention, f"{name}_proj_weight").requires_grad for name in "qkv"]
 
 
 def _added(mask: Tensor, q: Tensor) -> Tensor:
@@ -166,11 +180,12 @@ def narrower(attention: nn.MultiheadAttention | CompactAttention, rule: Attend) 
         heads = torch.arange(attention.num_heads, device=attention.out_proj.weight.device)
         shift = attention.out_proj.bias
         small = CompactAttention(attention, heads, None if shift is None else shift.detach())
-    parts = zip(small.parts(), rule.sources, strict=True)
+    parts, trainable = zip(small.parts(), rule.sources, strict=True), _trainable(small)
     with torch.no_grad():
-        small.project([_reading_less(*part, channels) for part, channels in parts])
+        small.project([_reading_less(*part, channels) for part, channels in parts], trainable)
     out, rows = small.out_proj, rule.out.keep.to(small.out_proj.weight.device)
-    small.out_proj = _linear(out.weight.detach()[rows], None if out.bias is None else out.bias.detach()[rows])
+    bias = None if out.bias is None else out.bias.detach()[rows]
+    small.out_proj = _linear(out.weight.detach()[rows], bias, out.weight.requires_grad)
     return small
 
 
@@ -209,6 +224,12 @@ def compact_attention(
             if small is not None:
                 replace(model, module, small)
                 changed[name] = (f"{module.num_heads} heads", f"{small.num_heads} heads")
+        elif type(module) is CompactAttention:
+            width = module.head_dim
+            dead = (module.out_proj.weight.detach() == 0).view(-1, module.num_heads, width).all(2).all(0)
+            if dead.any():
+                reason = "it is compact already; compact the network that it came from"
+                left[name] = f"{int(dead.sum())} of {module.num_heads} heads could go, but {reason}"
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, CompactAttention) for m in module.modules()):
             module.use_nested_tensor = False

@@ -128,7 +128,7 @@ def export_onnx(
     plain = plain_copy(model)
     batch = torch.export.Dim("batch")
     shapes = tuple({0: batch} if isinstance(x, Tensor) and x.ndim else None for x in inputs)
-    with warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*treespec", FutureWarning)  # torch's exporter about torch's trees
         program = torch.onnx.export(plain, inputs, dynamo=True, dynamic_shapes=shapes, verbose=False)
     assert program is not None  # noqa: S101 - of dynamo=True

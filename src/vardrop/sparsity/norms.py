@@ -39,6 +39,7 @@ class CompactLayerNorm(nn.Module):
     spread: Tensor
     take: Tensor | None
     inserted: Tensor | None
+    places: Tensor | None
 
     def __init__(self, norm: Any, stored: Tensor, gone: Tensor, outputs: Tensor) -> None:
         super().__init__()
@@ -50,12 +51,18 @@ class CompactLayerNorm(nn.Module):
         self.register_buffer("centre", centre)
         self.register_buffer("spread", (values - centre).square().sum() / self.size)  # q / n
         _outputs(self, norm, stored, gone, outputs)
+        order = torch.cat([stored.nonzero().flatten(), (~stored).nonzero().flatten()])  # constants behind the others
+        places = torch.empty_like(order).scatter_(0, order, torch.arange(self.size))[outputs]
+        self.register_buffer("places", None if self.take is None and self.inserted is None else places)
         self.to(next(norm.parameters(), gone))
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float() if x.dtype in HALVES else x
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
         weight, bias = (None if t is None else t.to(wide.dtype) for t in (self.weight, self.bias))
+        # the fewest operations are the fastest for few entries; and torch has no gradient of the statistics of its norm
+        if self.centred and (torch.compiler.is_compiling() or not _is_inference() or x.numel() <= _FEW):
+            return self._with_all(wide, eps, weight, bias).to(x.dtype)
         normalise = self._centred if self.centred else self._root_mean_square
         if self.take is None and self.inserted is None:
             return normalise(wide, eps, weight, bias)[0].to(x.dtype)
@@ -67,20 +74,23 @@ class CompactLayerNorm(nn.Module):
             y = y.index_select(-1, self.take)
         return _scaled(y, weight, bias).to(x.dtype)
 
+    def _with_all(self, x: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """The norm of all channels, with the constants put back."""
+        whole, size = torch.cat([x, self.gone.to(x.dtype).expand(*x.shape[:-1], -1)], -1), [self.size]
+        if self.places is not None:
+            y = F.layer_norm(whole, size, None, None, eps).index_select(-1, self.places)
+            return _scaled(y, weight, bias)
+        if torch.compiler.is_compiling():  # what is padded is a constant of the graph
+            weight, bias = (None if t is None else F.pad(t, (0, self.size - self.stored)) for t in (weight, bias))
+            return F.layer_norm(whole, size, weight, bias, eps)[..., : self.stored]
+        return _scaled(F.layer_norm(whole, size, None, None, eps)[..., : self.stored], weight, bias)
+
     def _centred(self, x: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None) -> Statistics:
         """Outputs of what is stored, mean of all and 1 / standard deviation of all."""
         n, k = self.size, self.stored
         d = n - k
         if not d:
             return torch.native_layer_norm(x, [k], weight, bias, eps)
-        if torch.compiler.is_compiling() or x.numel() <= _FEW:  # the fewest operations are the fastest
-            whole = torch.cat([x, self.gone.to(x.dtype).expand(*x.shape[:-1], -1)], -1)
-            if torch.compiler.is_compiling():  # a constant of the graph
-                weight, bias = (None if t is None else F.pad(t, (0, d)) for t in (weight, bias))
-                y, mean, scale = torch.native_layer_norm(whole, [n], weight, bias, eps)
-                return y[..., :k], mean, scale
-            y, mean, scale = torch.native_layer_norm(whole, [n], None, None, eps)
-            return _scaled(y[..., :k], weight, bias), mean, scale
         y, own_mean, own_scale = torch.native_layer_norm(
             x, [k], weight, None, eps * n / k
         )  # of k, whose share is k / n
@@ -98,6 +108,11 @@ class CompactLayerNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.stored} of {self.size} channels"
+
+
+def _is_inference() -> bool:
+    """Whether nothing asks for a gradient, nor could."""
+    return not torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is None
 
 
 def _scaled(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -151,9 +166,11 @@ class CompactGroupNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float() if x.dtype in HALVES else x
         positions = wide.flatten(2) if x.ndim > 2 else wide.unsqueeze(-1)
-        _, own, scales = torch.native_layer_norm(positions, positions.shape[2:], None, None, _SMALL)
-        within = (scales.square().reciprocal() - _SMALL).squeeze(-1)  # torch.var_mean is 50 times as slow
-        own = own.squeeze(-1)
+        if _is_inference():  # torch.var_mean is 50 times as slow, but has a gradient
+            _, own, scales = torch.native_layer_norm(positions, positions.shape[2:], None, None, _SMALL)
+            within, own = (scales.square().reciprocal() - _SMALL).squeeze(-1), own.squeeze(-1)
+        else:
+            within, own = torch.var_mean(positions, -1, correction=0)
         member, missing, centre = (t.to(wide.dtype) for t in (self.member, self.missing, self.centre))
         mean = (own @ member + missing * centre) / self.width
         apart = (own - mean.index_select(1, self.home)).square()
