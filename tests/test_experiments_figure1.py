@@ -138,7 +138,7 @@ def test_cells_are_the_seven_methods_at_every_size() -> None:
         for at in sizes:
             here = [c for c in compared if c[size] == at]
             assert {c["method"] for c in here} == set(_figure1_summary.NAMES)
-            assert len(here) == 7 * (1 if at == 1.0 else 3)
+            assert len(here) == 7 * 3
     assert {c["width"] for c in figure1a.cells("gpu")} == set(figure1a.WIDTHS)
     others = [c for c in figure1a.cells("cpu") if not _figure1.is_compared(c)]
     assert {(c["method"], c["sharing"]) for c in others if "reading" not in c} == set(figure1a.ABLATION)
