@@ -731,7 +731,8 @@ def test_threads_take_turns() -> None:
     alone, before = [predict(net) for net in nets], torch.get_rng_state()
     with ThreadPoolExecutor(2) as pool:
         together = list(pool.map(predict, nets))
-    assert all(map(torch.equal, alone, together))
+    for one, other in zip(alone, together, strict=True):  # products of another thread may be summed in another order
+        torch.testing.assert_close(one, other)
     assert torch.equal(torch.get_rng_state(), before)
 
 
