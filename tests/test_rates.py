@@ -212,6 +212,11 @@ def test_the_number_outlives_the_meta_device() -> None:
     assert net.to("meta")[1].p == 0.25
     net.to_empty(device="cpu")
     assert net[1].p == 0.25
+    with torch.device("meta"):
+        block = layers.StochasticDepth(nn.Linear(3, 3), 0.3)
+    block.load_state_dict({"block.weight": torch.ones(3, 3)}, strict=False, assign=True)
+    assert block.p == pytest.approx(0.3)
+    assert block.block.bias.is_meta  # what the checkpoint has not is as it was, and no stray memory
     gaussian.p = 0.4
     assert gaussian.to("meta").to_empty(device="cpu").p == pytest.approx(0.4)
 

@@ -184,7 +184,8 @@ class Rated(nn.Module):
         if keys.isdisjoint(state_dict):
             missing[:] = [key for key in missing if key not in keys]
             if self._held().is_meta and args[0].get("assign_to_params_buffers"):  # the others get the checkpoint's
-                self.to_empty(device=next((x.device for x in state_dict.values() if isinstance(x, Tensor)), "cpu"))
+                device = next((x.device for x in state_dict.values() if isinstance(x, Tensor)), "cpu")
+                self.to_empty(device=device, recurse=False)
 
     def _held(self) -> Tensor:
         """The tensor that holds the rate."""

@@ -91,9 +91,8 @@ class CompactLayerNorm(nn.Module):
         d = n - k
         if not d:
             return torch.native_layer_norm(x, [k], weight, bias, eps)
-        y, own_mean, own_scale = torch.native_layer_norm(
-            x, [k], weight, None, eps * n / k
-        )  # of k, whose share is k / n
+        # of the k, whose share of the variance is k / n
+        y, own_mean, own_scale = torch.native_layer_norm(x, [k], weight, None, eps * n / k)
         apart = own_mean - self.centre
         variance = torch.add(self.spread, own_scale.pow(-2), alpha=k / n)
         scale = torch.addcmul(variance, apart, apart, value=k * d / n**2).rsqrt()
