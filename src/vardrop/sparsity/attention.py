@@ -82,12 +82,7 @@ class CompactAttention(nn.Module):
         is_causal: bool = False,
     ) -> tuple[Tensor, None]:
         batched = query.ndim == 3
-        projected = self._projected(query, key, value)
-        if not batched:
-            projected = tuple(x.unsqueeze(0) for x in projected)
-        elif not self.batch_first:
-            projected = tuple(x.transpose(0, 1) for x in projected)
-        q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in projected)
+        q, k, v = self._projected(query, key, value, batched)
         mask = self._mask(attn_mask, key_padding_mask, q)
         mixed = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
         out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
@@ -95,15 +90,23 @@ class CompactAttention(nn.Module):
             return out.squeeze(0), None
         return out if self.batch_first else out.transpose(0, 1), None
 
-    def _projected(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def _projected(self, query: Tensor, key: Tensor, value: Tensor, batched: bool) -> tuple[Tensor, ...]:
+        """Query, key and value, each ``[batch, heads, positions, head_dim]``."""
+        inputs = (query, key, value)
+
+        def apart(x: Tensor, parts: int) -> tuple[Tensor, ...]:
+            x = x.unsqueeze(0) if not batched else x if self.batch_first else x.transpose(0, 1)
+            return x.unflatten(-1, (parts, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind()
+
         if isinstance(self.in_proj, nn.ModuleList):
-            return tuple(layer(x) for layer, x in zip(self.in_proj, inputs, strict=True))
-        if all(x is inputs[0] for x in inputs):  # attention to oneself: one product
-            return self.in_proj(inputs[0]).chunk(3, -1)
+            return tuple(apart(layer(x), 1)[0] for layer, x in zip(self.in_proj, inputs, strict=True))
+        if query is key and query is value:  # attention to oneself: one product
+            return apart(self.in_proj(query), 3)
         hooks = self.in_proj._forward_hooks or self.in_proj._forward_pre_hooks
         if type(self.in_proj) is not nn.Linear or hooks:  # whatever it has become, it is what projects
-            return tuple(self.in_proj(x).chunk(3, -1)[i] for i, x in enumerate(inputs))
-        return tuple(F.linear(x, weight, bias) for x, (weight, bias) in zip(inputs, self.parts(), strict=True))
+            return tuple(apart(self.in_proj(x), 3)[i] for i, x in enumerate(inputs))
+        each = zip(inputs, self.parts(), strict=True)
+        return tuple(apart(F.linear(x, weight, bias), 1)[0] for x, (weight, bias) in each)
 
     def _mask(self, attention: Tensor | None, padding: Tensor | None, q: Tensor) -> Tensor | None:
         """Both masks as one that is added to the scores, ``[batch, heads, queries, keys]`` or less."""

@@ -13,7 +13,9 @@ from torch import Tensor, fx, nn
 from vardrop.convert import restore_
 from vardrop.sparsity.attention import compact_attention, narrower, printed
 from vardrop.sparsity.channels import Each, Mix, Rule, settle
+from vardrop.sparsity.coordinates import PlainNorms
 from vardrop.sparsity.encoder import put_back, write_out
+from vardrop.sparsity.folding import fold_batch_norms
 from vardrop.sparsity.norms import smaller_norm
 from vardrop.sparsity.rebuild import cut_own, kept_of, note_kept, replace, smaller, why_left
 from vardrop.sparsity.rules import Reader
@@ -47,7 +49,9 @@ class Compaction:
         return "\n".join(lines + [f"left: {name}: {why}" for name, why in self.left.items()])
 
 
-def compact(model: nn.Module, example_input: Tensor | Sequence[Any], select_inputs: bool = True) -> nn.Module:
+def compact(
+    model: nn.Module, example_input: Tensor | Sequence[Any], select_inputs: bool = True, fold_norms: bool = False
+) -> nn.Module:
     """Take dead units out of a sparse network: a smaller, plain module with the same function in evaluation.
 
     Neurons, channels and attention heads go that nothing reads, or that are constants; the constants are folded into
@@ -65,6 +69,10 @@ def compact(model: nn.Module, example_input: Tensor | Sequence[Any], select_inpu
         example_input: a tensor, or all positional arguments of the model in a tuple.
         select_inputs: whether a layer that uses at most half of its inputs may get a selection in front of it, where
             the others cannot be removed (input pixels, features of a flatten).
+        fold_norms: for inference, where every call counts. A ``BatchNorm`` goes into the convolution or linear layer in
+            front of it, and the ``LayerNorm`` of a stream that got narrower is a plain one, of a stream in other
+            coordinates. Evaluation is the same; but training is another then, channels of such a stream are mixtures
+            of the old ones, and single zeros and digits of the weights around it are gone.
 
     Returns:
         A new module, in the same mode, whose ``compaction`` prints what was done.
@@ -107,7 +115,7 @@ def compact(model: nn.Module, example_input: Tensor | Sequence[Any], select_inpu
     reasons = fixed_modules(small)
     compact_attention(small, report.changed, report.left, report.kept, reasons)
     small, written = write_out(small, reasons)
-    small = put_back(_all_parts(small, inputs, report, reasons, select_inputs), written)
+    small = put_back(_all_parts(small, inputs, report, reasons, select_inputs, fold_norms), written)
     check_same(dense, small, inputs)
     report.parameters = tuple(sum(p.numel() for p in each.parameters()) for each in (dense, small))  # type: ignore[assignment]
     report.multiply_adds = multiply_adds(dense, inputs), multiply_adds(small, inputs)
@@ -132,7 +140,9 @@ def _copy_modes(model: nn.Module, small: nn.Module) -> None:
         module.training = modes[name]
 
 
-def _all_parts(model: nn.Module, inputs: Inputs, report: Compaction, fixed: dict[int, str], select: bool) -> nn.Module:
+def _all_parts(
+    model: nn.Module, inputs: Inputs, report: Compaction, fixed: dict[int, str], select: bool, fold: bool
+) -> nn.Module:
     """Treat the model as a whole if its code can be traced, else its largest parts that can."""
     opaque: set[int] = set()
     tracer = Tracer(set())
@@ -158,7 +168,7 @@ def _all_parts(model: nn.Module, inputs: Inputs, report: Compaction, fixed: dict
         if len(given) != 1:
             report.left[name] = f"is called {len(given)} times"
             continue
-        new = compact_part(part, given[0], report, fixed, select, name, opaque)
+        new = compact_part(part, given[0], report, fixed, select, name, opaque, fold)
         if part is model:
             return new
         if new is not part:
@@ -175,6 +185,16 @@ def _smaller(module: Any, rule: Rule, select: bool, like: Tensor) -> nn.Module |
     return smaller(module, rule, select) if isinstance(rule, Mix | Each | Own) else None
 
 
+def _fold_norms(module: nn.Module, reader: Reader, report: Compaction, name: str) -> None:
+    """Take norms out of a traced module, or make them plain, once its modules are smaller."""
+    plain = PlainNorms(module, reader)
+    plain.run()
+    for path, why in (fold_batch_norms(module, reader) | plain.left).items():
+        report.left[f"{name}.{path}".strip(".")] = why
+    for path in plain.mixed:  # its channels are none of the old ones
+        report.kept.pop(f"{name}.{path}".strip("."), None)
+
+
 def compact_part(
     module: nn.Module,
     inputs: Inputs,
@@ -183,6 +203,7 @@ def compact_part(
     select: bool,
     name: str = "",
     opaque: set[int] | None = None,
+    fold: bool = False,
 ) -> nn.Module:
     """Compact one module whose code can be traced, in place; a graph module if its code has sizes in it."""
     graph = traced(module, opaque or set())
@@ -200,24 +221,30 @@ def compact_part(
     reader = Reader(graph, modules, fixed_paths(graph, modules, fixed))
     settle(reader.rules, list(reader.facts.values()))
     like = next(module.parameters(), torch.empty(()))
+    before: dict[str, tuple[str, str]] = {}
     for rule in reader.rules:
         if rule.call.op != "call_module" or rule.out is None:
             continue
         path = str(rule.call.target)
         where = f"{name}.{path}".strip(".")
         old = modules[path]
+        before[path] = str(old), printed(old)
         new = _smaller(old, rule, select, like)
         if new is not None:
             replace(module, old, new)
             if isinstance(rule, Mix):
                 note_kept(report.kept, where, *kept_of(rule, select))
-            if str(old) != str(new):
-                report.changed[where] = printed(old), printed(new)
         why = why_left(rule.out) if isinstance(rule, Mix | Norm | Attend | Own) else None
         if why:
             report.left[where] = why
     for node, rule in reader.own.items():
         cut_own(modules, str(node.target), rule)
+    if fold:
+        _fold_norms(module, reader, report, name)
+    for path, (old_text, old_print) in before.items():
+        new = module.get_submodule(path)
+        if str(new) != old_text:
+            report.changed[f"{name}.{path}".strip(".")] = old_print, printed(new)
     for path in unused(graph, modules):
         where = f"{name}.{path}".strip(".")
         report.left[where] = "is not called in evaluation; what calls it in training may find fewer channels"
