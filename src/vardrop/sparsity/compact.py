@@ -16,6 +16,7 @@ from vardrop.sparsity.channels import Each, Mix, Rule, settle
 from vardrop.sparsity.coordinates import PlainNorms
 from vardrop.sparsity.encoder import put_back, write_out
 from vardrop.sparsity.folding import fold_batch_norms
+from vardrop.sparsity.layout import channels_last
 from vardrop.sparsity.norms import smaller_norm
 from vardrop.sparsity.rebuild import cut_own, kept_of, note_kept, replace, smaller, why_left
 from vardrop.sparsity.rules import Reader
@@ -50,7 +51,7 @@ class Compaction:
 
 
 def compact(
-    model: nn.Module, example_input: Tensor | Sequence[Any], select_inputs: bool = True, fold_norms: bool = False
+    model: nn.Module, example_input: Tensor | Sequence[Any], select_inputs: bool = True, for_inference: bool = False
 ) -> nn.Module:
     """Take dead units out of a sparse network: a smaller, plain module with the same function in evaluation.
 
@@ -69,10 +70,12 @@ def compact(
         example_input: a tensor, or all positional arguments of the model in a tuple.
         select_inputs: whether a layer that uses at most half of its inputs may get a selection in front of it, where
             the others cannot be removed (input pixels, features of a flatten).
-        fold_norms: for inference, where every call counts. A ``BatchNorm`` goes into the convolution or linear layer in
-            front of it, and the ``LayerNorm`` of a stream that got narrower is a plain one, of a stream in other
-            coordinates. Evaluation is the same; but training is another then, channels of such a stream are mixtures
-            of the old ones, and single zeros and digits of the weights around it are gone.
+        for_inference: whether the network will only be evaluated, so that it may be faster still. A ``BatchNorm`` goes
+            into the convolution or linear layer in front of it; the ``LayerNorm`` of a stream that got narrower is a
+            plain one, of a stream in other coordinates; on a processor, convolutions of two dimensions have their
+            channels last in memory, where the code does not depend on that. Outputs in evaluation are the same; but
+            training would be another, channels of such a stream are mixtures of the old ones, and single zeros and
+            digits of the weights around it are gone.
 
     Returns:
         A new module, in the same mode, whose ``compaction`` prints what was done.
@@ -115,7 +118,9 @@ def compact(
     reasons = fixed_modules(small)
     compact_attention(small, report.changed, report.left, report.kept, reasons)
     small, written = write_out(small, reasons)
-    small = put_back(_all_parts(small, inputs, report, reasons, select_inputs, fold_norms), written)
+    small = put_back(_all_parts(small, inputs, report, reasons, select_inputs, for_inference), written)
+    if for_inference:
+        _order(small, inputs, report)
     check_same(dense, small, inputs)
     report.parameters = tuple(sum(p.numel() for p in each.parameters()) for each in (dense, small))  # type: ignore[assignment]
     report.multiply_adds = multiply_adds(dense, inputs), multiply_adds(small, inputs)
@@ -183,6 +188,15 @@ def _smaller(module: Any, rule: Rule, select: bool, like: Tensor) -> nn.Module |
     if isinstance(rule, Attend):
         return narrower(module, rule)
     return smaller(module, rule, select) if isinstance(rule, Mix | Each | Own) else None
+
+
+def _order(small: nn.Module, inputs: Inputs, report: Compaction) -> None:
+    """The order in memory that is the fastest, if it can be had."""
+    reason = channels_last(small, inputs)
+    if reason is None:
+        report.changed["memory"] = "channels first", "channels last"
+    elif reason:
+        report.left["memory"] = f"channels stay first: {reason}"
 
 
 def _fold_norms(module: nn.Module, reader: Reader, report: Compaction, name: str) -> None:

@@ -13,16 +13,16 @@ _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 5e-2, to
 TRIALS = 3
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
+def tensors(output: Any) -> Iterator[Tensor]:
     """The tensors in an output of any structure."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, dict):
         for value in output.values():
-            yield from _tensors(value)
+            yield from tensors(value)
     elif isinstance(output, list | tuple):
         for value in output:
-            yield from _tensors(value)
+            yield from tensors(value)
 
 
 def _random_like(inputs: tuple[Any, ...], generator: torch.Generator) -> tuple[Any, ...]:
@@ -49,7 +49,7 @@ def _twice(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 def _difference(dense: nn.Module, small: nn.Module, inputs: tuple[Any, ...]) -> tuple[float, float]:
     """The largest difference of outputs, relative to their largest entry, and what rounding may do."""
     with torch.no_grad():
-        wanted, got = list(_tensors(dense(*inputs))), list(_tensors(small(*inputs)))
+        wanted, got = list(tensors(dense(*inputs))), list(tensors(small(*inputs)))
     worst, allowed = 0.0, 0.0
     if [x.shape for x in wanted] != [x.shape for x in got]:
         return float("inf"), 0.0

@@ -1,4 +1,4 @@
-"""Networks for inference: norms that are folded or made plain compute the same."""
+"""Networks for inference compute the same: norms that are folded or made plain, and channels last."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import vardrop as vd
+from vardrop.sparsity.layout import channels_last
 from vardrop.sparsity.norms import CompactLayerNorm
 
 DOUBLE = torch.float64
@@ -51,7 +52,7 @@ def unread(*layers: nn.Module, channels: tuple[int, ...] = DEAD) -> None:
 
 def folded(model: nn.Module, *shape: int) -> nn.Module:
     """The compact network for inference, which computes what the model does."""
-    small = vd.compact(model, torch.randn(2, *shape, dtype=DOUBLE), fold_norms=True)
+    small = vd.compact(model, torch.randn(2, *shape, dtype=DOUBLE), for_inference=True)
     x = 3 * torch.randn(5, *shape, dtype=DOUBLE)
     with torch.no_grad():
         torch.testing.assert_close(small(x), model(x), rtol=1e-9, atol=1e-9)
@@ -93,9 +94,9 @@ def test_layer_norms_of_a_narrower_stream_are_plain(bias: float | None, is_unrea
         unread(model.up1, model.up2, model.head)
     small = folded(model, 4, 5)
     width = 6 if is_unread else 7  # one more than is left, for the mean; and one that stands still
-    assert [(type(norm), norm.normalized_shape, norm.weight) for norm in norms(small)] == [
-        (nn.LayerNorm, (width,), None)
-    ] * 3
+    assert {type(norm) for norm in norms(small)} == {nn.LayerNorm}
+    assert {norm.normalized_shape for norm in norms(small)} == {(width,)}
+    assert all((norm.weight == 1).all() and norm.bias is None for norm in norms(small))
     assert [layer.out_features for layer in (small.embed, small.down1, small.down2)] == [width] * 3
     assert [layer.in_features for layer in (small.up1, small.up2, small.head)] == [width] * 3
     assert [layer.weight.shape[1] for layer in (small.up1, small.up2, small.head)] == [width] * 3
@@ -127,6 +128,26 @@ def test_a_stream_of_full_width_stays_as_it_is() -> None:
     small = folded(model, 4, 5)
     assert not small.compaction.changed
     assert torch.equal(small.up1.weight, model.up1.weight)
+
+
+class TwoReaders(Stream):
+    """A norm that two layers read."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.n1(self.embed(x))
+        return self.up1(y) + self.up2(y)
+
+
+def test_selections_in_front_of_writers_and_readers_are_no_obstacle() -> None:
+    model = randomised(TwoReaders())
+    die(model.embed)
+    unread(model.embed, channels=(0, 1, 2))
+    unread(model.up1, channels=(0, 1, 2, 4, 6, 7))
+    dense = vd.compact(model, torch.randn(2, 4, 5, dtype=DOUBLE))
+    assert [type(layer) for layer in (dense.embed, dense.up1, dense.up2)] == [nn.Sequential, nn.Sequential, nn.Linear]
+    small = folded(model, 4, 5)
+    assert type(small.n1) is nn.LayerNorm
+    assert [type(layer) for layer in (small.embed, small.up1, small.up2)] == [nn.Sequential, nn.Linear, nn.Linear]
 
 
 @given(seed=st.integers(0, 10**6), dead=st.sets(st.integers(0, 7), min_size=1, max_size=7), unread_too=st.booleans())
@@ -170,7 +191,7 @@ def reader(other: bool = False) -> nn.Module:
 
 def test_tables_positions_and_attention_take_the_coordinates() -> None:
     model, ids = reader(), torch.randint(20, (3, 6))
-    small = vd.compact(model, ids, fold_norms=True)
+    small = vd.compact(model, ids, for_inference=True)
     torch.testing.assert_close(small(ids), model(ids))
     assert {type(norm) for norm in norms(small)} == {nn.LayerNorm}
     assert (small.tokens.embedding_dim, small.tokens.weight.shape, small.positions.shape) == (7, (20, 7), (6, 7))
@@ -201,7 +222,7 @@ def test_single_and_half_precision(dtype: torch.dtype, tolerance: float) -> None
     die(model.embed, model.down1, model.down2)
     model = model.to(dtype)
     x = torch.randn(8, 4, 5, dtype=dtype)
-    small = vd.compact(model, x, fold_norms=True)
+    small = vd.compact(model, x, for_inference=True)
     assert {p.dtype for p in small.parameters()} == {dtype}
     torch.testing.assert_close(small(x), model(x), rtol=tolerance, atol=tolerance * 5)
 
@@ -211,7 +232,7 @@ def test_copies_pickles_and_onnx(tmp_path: Any) -> None:
     model = randomised(Stream()).float()
     die(model.embed, model.down1, model.down2)
     x = torch.randn(3, 4, 5)
-    small = vd.compact(model, x, fold_norms=True)
+    small = vd.compact(model, x, for_inference=True)
     with torch.no_grad():
         expected = small(x)
         torch.testing.assert_close(copy.deepcopy(small)(x), expected)
@@ -288,7 +309,7 @@ def test_other_streams_keep_their_coordinates_and_are_told(kind: Callable[[], nn
 
 def test_attention_to_two_norms_is_told() -> None:
     model, ids = reader(other=True), torch.randint(20, (3, 6))
-    small = vd.compact(model, ids, fold_norms=True)
+    small = vd.compact(model, ids, for_inference=True)
     torch.testing.assert_close(small(ids), model(ids))
     assert type(small.last) is CompactLayerNorm
     assert small.compaction.left["last"].endswith("attention attends to something else too")
@@ -344,9 +365,8 @@ def test_batch_norms_that_stay_are_told() -> None:
     assert left["norm"] == "is not folded: conv is read by others too"
     first = nn.Sequential(nn.BatchNorm2d(2), nn.ReLU(), nn.BatchNorm2d(2), nn.Conv2d(2, 3, 1))
     small = folded(randomised(first), 2, 3, 3)
-    assert small.compaction.left == dict.fromkeys(
-        "02", "is not folded: it is not behind a convolution or a linear layer"
-    )
+    words = "is not folded: it is not behind a convolution or a linear layer"
+    assert [small.compaction.left[name] for name in "02"] == [words, words]
     hooked = randomised(nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3)))
     hooked[0].register_forward_hook(lambda module, given, output: None)
     assert folded(hooked, 2, 3, 3).compaction.left["1"].startswith("is not folded: 0 has hooks")
@@ -361,5 +381,93 @@ def test_batch_norms_that_stay_are_told() -> None:
 
 def test_training_mode_is_kept() -> None:
     model = randomised(nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.Dropout())).train()
-    small = vd.compact(model, torch.randn(2, 2, 3, 3, dtype=DOUBLE), fold_norms=True)
+    small = vd.compact(model, torch.randn(2, 2, 3, 3, dtype=DOUBLE), for_inference=True)
     assert all(module.training for module in small.modules())
+
+
+# --------------------------------------------------------------------------------------------------- channels last
+
+
+def lenet() -> nn.Module:
+    convs = [nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 8, 5), nn.ReLU(), nn.MaxPool2d(2)]
+    model = randomised(nn.Sequential(*convs, nn.Flatten(), nn.Linear(128, 10), nn.Tanh(), nn.Linear(10, 3)))
+    die(model[0], channels=(0, 3))
+    return model
+
+
+def is_last(weight: Tensor) -> bool:
+    return weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+
+
+def test_convolutions_have_their_channels_last() -> None:
+    small = folded(lenet(), 1, 28, 28)
+    assert is_last(small[3].weight)
+    assert small.compaction.changed["memory"] == ("channels first", "channels last")
+    maps = small[:6](torch.randn(2, 1, 28, 28, dtype=DOUBLE))
+    assert is_last(maps)
+    plain = vd.compact(lenet(), torch.randn(2, 1, 28, 28, dtype=DOUBLE))
+    assert plain[3].weight.is_contiguous()
+
+
+def test_what_has_channels_last_is_written_and_read(tmp_path: Any) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    model, x = lenet().float(), torch.randn(2, 1, 28, 28)
+    small = vd.compact(model, x, for_inference=True)
+    expected = small(x).detach()
+    vd.save_compressed(small, tmp_path / "small.vdc")
+    vd.sparsity.save_sparse(small, tmp_path / "small.safetensors")
+    for read, name in ((vd.load_compressed, "small.vdc"), (vd.sparsity.load_sparse, "small.safetensors")):
+        other = copy.deepcopy(small)
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.zero_()
+        read(tmp_path / name, other)
+        torch.testing.assert_close(other(x), expected)
+    vd.sparsity.export_onnx(small, x, tmp_path / "small.onnx")
+    session = runtime.InferenceSession(str(tmp_path / "small.onnx"), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
+
+
+class Viewed(nn.Module):
+    """Code that wants channels first."""
+
+    def __init__(self, code: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.code, self.head = nn.Conv2d(1, 3, 2), code, nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.code(self.conv(x)))
+
+
+class Custom(nn.Flatten):
+    """A leaf of another's code, as hooks and compilers make them."""
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (lambda x: x.view(x.shape[0], -1), "channels stay first: its code calls view(), which depends on"),
+        (lambda x: x.flatten(1) if x.sum() < 1e9 else x, "channels stay first: its code cannot be traced by torch.fx"),
+    ],
+)
+def test_channels_stay_first_where_code_may_want_them_there(code: Callable[[Tensor], Tensor], words: str) -> None:
+    small = folded(randomised(Viewed(code)), 1, 3, 3)
+    assert small.compaction.left["memory"].startswith(words)
+    assert small.conv.weight.is_contiguous()
+
+
+def test_channels_stay_first_for_leaves_of_others_maps_and_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = folded(randomised(nn.Sequential(nn.Conv2d(2, 3, 2), nn.ReLU())), 2, 3, 3).compaction.left
+    assert left["memory"].startswith("channels stay first: its outputs are maps")
+    from vardrop.sparsity import tracing
+
+    monkeypatch.setattr(Custom, "__module__", "elsewhere")
+    leaf = tracing.Tracer.is_leaf_module
+    monkeypatch.setattr(
+        tracing.Tracer, "is_leaf_module", lambda self, m, name: isinstance(m, Custom) or leaf(self, m, name)
+    )
+    model = randomised(nn.Sequential(nn.Conv2d(2, 3, 2), Custom(), nn.Linear(12, 2)))
+    assert folded(model, 2, 3, 3).compaction.left["memory"].startswith("channels stay first: the code of 1 (Custom)")
+    assert channels_last(nn.Sequential(nn.Conv2d(2, 3, 2)).to("meta"), ()) == "it is faster on processors only"
+    assert channels_last(nn.Sequential(nn.Linear(2, 3)), ()) == ""
