@@ -307,6 +307,14 @@ def test_other_streams_keep_their_coordinates_and_are_told(kind: Callable[[], nn
     assert any(words in why for why in small.compaction.left.values()), small.compaction.left
 
 
+def test_rms_norms_whose_constants_are_read_are_told() -> None:
+    model = randomised(nn.Sequential(nn.Linear(5, 8), nn.RMSNorm(8, eps=1e-6), nn.Linear(8, 3)))
+    die(model[0])
+    small = folded(model, 5)
+    assert type(small[1]) is CompactLayerNorm
+    assert small.compaction.left["1"] == "its constants stay as numbers, as it is an RMS norm"
+
+
 def test_attention_to_two_norms_is_told() -> None:
     model, ids = reader(other=True), torch.randint(20, (3, 6))
     small = vd.compact(model, ids, for_inference=True)

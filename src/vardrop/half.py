@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -49,3 +52,21 @@ def lost_step(x: Tensor) -> float:
     size = float(x.detach().abs().min())
     up = torch.tensor(size, dtype=x.dtype)
     return (float(torch.nextafter(up, torch.full_like(up, torch.inf))) - float(up)) / 2
+
+
+@functools.cache
+def rms_norm_eps(dtype: torch.dtype) -> float:
+    """The ε that torch's RMS norm takes where none is given: in half precision that of the type, or of float32.
+
+    Torch's pages say the first, torch 2.13 does the second: so it is asked.
+
+    Example:
+        >>> import torch
+        >>> from vardrop.half import rms_norm_eps
+        >>> rms_norm_eps(torch.float64) == torch.finfo(torch.float64).eps
+        True
+    """
+    x = torch.full((1,), 1e-4, dtype=dtype)
+    found = float(F.rms_norm(x, [1]))
+    choices = (torch.finfo(wide_type(x)).eps, torch.finfo(dtype).eps)
+    return min(choices, key=lambda eps: abs(float(F.rms_norm(x, [1], eps=eps)) - found))

@@ -81,7 +81,10 @@ class PlainNorms:
         """Treat every norm."""
         nodes: list[Node] = list(self.reader.facts)
         for node in nodes:
-            if not self._is_norm(node) or str(node.target) in self.left:
+            if type(self._at(node)) is not CompactLayerNorm or str(node.target) in self.left:
+                continue
+            if not self._is_norm(node):
+                self.left[str(node.target)] = "its constants stay as numbers, as it is an RMS norm"
                 continue
             stream = _Stream()
             try:

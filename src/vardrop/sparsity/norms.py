@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vardrop.half import HALVES
+from vardrop.half import HALVES, rms_norm_eps
 from vardrop.sparsity.rebuild import Select
 from vardrop.sparsity.stream import Norm
 
@@ -43,7 +44,7 @@ class CompactLayerNorm(nn.Module):
 
     def __init__(self, norm: Any, stored: Tensor, gone: Tensor, outputs: Tensor) -> None:
         super().__init__()
-        self.size, self.stored, self.eps = len(stored), int(stored.sum()), norm.eps
+        self.size, self.stored, self.eps = len(stored), int(stored.sum()), _eps(norm)
         self.centred = isinstance(norm, nn.LayerNorm)
         values = gone[~stored]
         centre = values.mean() if self.centred and len(values) else values.new_zeros(())
@@ -58,7 +59,7 @@ class CompactLayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float() if x.dtype in HALVES else x
-        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        eps = self.eps
         weight, bias = (None if t is None else t.to(wide.dtype) for t in (self.weight, self.bias))
         # the fewest operations are the fastest for few entries; and torch has no gradient of the statistics of its norm
         if self.centred and (torch.compiler.is_compiling() or not _is_inference() or x.numel() <= _FEW):
@@ -107,6 +108,13 @@ class CompactLayerNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.stored} of {self.size} channels"
+
+
+def _eps(norm: Any) -> float:
+    """What is added to the variance."""
+    if norm.eps is not None:
+        return float(norm.eps)
+    return rms_norm_eps(next(norm.parameters(), torch.empty(())).dtype)
 
 
 def _is_inference() -> bool:
@@ -218,8 +226,19 @@ def smaller_norm(norm: Any, rule: Norm, like: Tensor) -> nn.Module | None:
     if stored.all():  # torch's own is faster than ours
         index = outputs.nonzero().flatten()
         small = nn.Sequential(norm, Select(index, rule.out.dim - len(rule.node.meta["shape"])))
+    elif isinstance(norm, nn.RMSNorm) and norm.weight is not None and torch.equal(stored, outputs):
+        small = _smaller_rms_norm(norm, stored, rule.source.value[~stored])
     else:
         gone = torch.where(rule.source.constant, rule.source.value, 0.0)
         kind = CompactGroupNorm if isinstance(norm, nn.GroupNorm) else CompactLayerNorm
         small = kind(norm, stored, gone, outputs)
     return small.to(like).train(norm.training)
+
+
+def _smaller_rms_norm(norm: nn.RMSNorm, stored: Tensor, gone: Tensor) -> nn.RMSNorm:
+    """Torch's own, where only what is stored is read: with k of n channels √(n/k) γ and ε' = (nε + Σ gone²) / k."""
+    n, k = len(stored), int(stored.sum())
+    small = nn.RMSNorm(k, (n * _eps(norm) + float(gone.square().sum())) / k)
+    weight = norm.weight.detach()[stored.to(norm.weight.device)] * math.sqrt(n / k)
+    small.weight = nn.Parameter(weight, norm.weight.requires_grad)
+    return small

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
+from vardrop.half import rms_norm_eps
 from vardrop.sparsity.channels import Channels, Rule
 
 
@@ -37,7 +38,7 @@ class Norm(Rule):
         values = source.value.view(groups, -1)
         mean = torch.zeros_like(values[:, :1]) if isinstance(module, nn.RMSNorm) else values.mean(1, keepdim=True)
         weight = next(module.parameters(), torch.empty(()))
-        eps = torch.finfo(weight.dtype).eps if module.eps is None else module.eps
+        eps = rms_norm_eps(weight.dtype) if module.eps is None else module.eps
         centred = (values - mean) * ((values - mean).square().mean(1, keepdim=True) + eps).rsqrt()
         still = source.constant.view(groups, -1).all(1)[self.group]
         constant = still | (scale == 0)
