@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from benchmarks import __main__ as command
-from benchmarks import divergence, memory, networks, peers, prediction, table, training_step
+from benchmarks import compact, divergence, memory, networks, peers, prediction, table, training_step, work
 from benchmarks.timing import Pair, Row, interleaved, summarise
 from benchmarks.variants import OURS, REFERENCE, Variant
 from vardrop import products
@@ -337,3 +337,31 @@ def test_a_quick_run_finishes_with_every_benchmark(tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
     assert {row["benchmark"] for row in rows} == set(command.PLANS)
     assert all(row["ratio"] or row["note"] for row in rows)
+
+
+# -------------------------------------------------------------------------------------------------- work that is left
+
+
+def _net(width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Flatten(), nn.Linear(width, 2), nn.Softmax(-1)).eval()
+
+
+def test_numbers_that_are_written_are_those_of_no_product() -> None:
+    x = torch.randn(5, 6)
+    assert work.written(_net(8), x) == 5 * 8 + 5 * 2  # rectified, and softmax
+    assert work.written(nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True)), x) == 5 * 8
+
+
+def test_what_is_left_of_the_work_lies_between_products_and_the_rest() -> None:
+    x = torch.randn(5, 6)
+    assert 0 < work.share_of_products(_net(8), x) < 1
+    assert work.left(_net(8), _net(8), x, 1.0) == pytest.approx(1)
+    rest = work.written(_net(4), x) / work.written(_net(8), x)
+    assert min(0.1, rest) < work.left(_net(8), _net(4), x, 0.1) < max(0.1, rest)
+
+
+def test_nothing_is_dead_in_a_network_that_was_revived() -> None:
+    dense = compact.mlp(torch.Generator().manual_seed(0))
+    alive = compact._revived(dense, torch.Generator().manual_seed(1))
+    assert any(bool((p == 0).any()) for p in dense.parameters())
+    assert all(bool((p != 0).all()) for p in alive.parameters())
