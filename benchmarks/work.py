@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ _PRODUCTS = set(
     "mm addmm bmm baddbmm linear _addmm_activation convolution mkldnn_convolution _slow_conv2d_forward".split()
 )
 PASSES = 5
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # or the profiler writes to the screen that it has begun
 
 
 class _Written(TorchDispatchMode):
