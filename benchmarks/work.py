@@ -2,59 +2,63 @@
 
 from __future__ import annotations
 
-from typing import Any
+import time
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_PRODUCTS = set(
-    "mm addmm bmm baddbmm linear _addmm_activation convolution mkldnn_convolution _slow_conv2d_forward".split()
-)
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution"}
 PASSES = 5
 
 
-class _Written(TorchDispatchMode):
-    """Counts the numbers that operations other than products write."""
+class Operations(NamedTuple):
+    """What the operations of forward passes do.
 
+    Attributes:
+        products: the part of their time that goes into matrix products and convolutions.
+        written: numbers that all others write.
+    """
+
+    products: float
+    written: int
+
+
+class _Watch(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.seconds = {True: 0.0, False: 0.0}  # of products, and of others
+        self.written = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        start = time.perf_counter()
         out = func(*args, **(kwargs or {}))
+        is_product = func._schema.name.partition("::")[2] in _PRODUCTS
+        self.seconds[is_product] += time.perf_counter() - start
         returned = func._schema.returns
         alias = returned[0].alias_info if returned else None
         is_view = alias is not None and not alias.is_write
         first = out[0] if isinstance(out, list | tuple) and out else out
-        if not is_view and isinstance(first, Tensor) and func._schema.name.partition("::")[2] not in _PRODUCTS:
-            self.count += first.numel()
+        if not is_view and not is_product and isinstance(first, Tensor):
+            self.written += first.numel()
         return out
 
 
-def written(net: nn.Module, x: Tensor) -> int:
-    """Numbers that a network writes in evaluation, but those of products and convolutions."""
+def operations(net: nn.Module, x: Tensor) -> Operations:
+    """Watch a network in evaluation, with its fused layers and its attention in their parts."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _Written() as counter:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             net(x)
+            with _Watch() as watch:
+                for _ in range(PASSES):
+                    net(x)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
-    return counter.count
-
-
-def share_of_products(net: nn.Module, x: Tensor) -> float:
-    """The part of the time of a forward pass that goes into products and convolutions."""
-    with torch.inference_mode():
-        net(x)
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
-            for _ in range(PASSES):
-                net(x)
-    every = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
-    return sum(time for key, time in every.items() if key.partition("::")[2] in _PRODUCTS) / sum(every.values())
+    return Operations(watch.seconds[True] / sum(watch.seconds.values()), watch.written // PASSES)
 
 
 def left(dense: nn.Module, small: nn.Module, x: Tensor, multiply_adds: float) -> float:
@@ -70,5 +74,5 @@ def left(dense: nn.Module, small: nn.Module, x: Tensor, multiply_adds: float) ->
         x: a batch.
         multiply_adds: the share of them that is left.
     """
-    products = share_of_products(dense, x)
-    return products * multiply_adds + (1 - products) * written(small, x) / written(dense, x)
+    products, written = operations(dense, x)
+    return products * multiply_adds + (1 - products) * operations(small, x).written / written

@@ -348,15 +348,15 @@ def _net(width: int) -> nn.Sequential:
 
 def test_numbers_that_are_written_are_those_of_no_product() -> None:
     x = torch.randn(5, 6)
-    assert work.written(_net(8), x) == 5 * 8 + 5 * 2  # rectified, and softmax
-    assert work.written(nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True)), x) == 5 * 8
+    assert work.operations(_net(8), x).written == 5 * 8 + 5 * 2  # rectified, and softmax
+    assert work.operations(nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True)), x).written == 5 * 8
 
 
 def test_what_is_left_of_the_work_lies_between_products_and_the_rest() -> None:
     x = torch.randn(5, 6)
-    assert 0 < work.share_of_products(_net(8), x) < 1
+    assert 0 < work.operations(_net(8), x).products < 1
     assert work.left(_net(8), _net(8), x, 1.0) == pytest.approx(1)
-    rest = work.written(_net(4), x) / work.written(_net(8), x)
+    rest = work.operations(_net(4), x).written / work.operations(_net(8), x).written
     assert min(0.1, rest) < work.left(_net(8), _net(4), x, 0.1) < max(0.1, rest)
 
 
