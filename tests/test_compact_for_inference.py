@@ -115,6 +115,16 @@ def test_a_stream_without_biases_gets_none_where_none_is_needed() -> None:
     assert all(layer.bias is None for layer in small.modules() if isinstance(layer, nn.Linear))
 
 
+def test_no_stream_gets_wider_than_it_was() -> None:
+    model = randomised(Stream())
+    die(model.embed, model.down1, model.down2, channels=(4,))
+    small = folded(model, 4, 5)  # with one number for the mean, and one that stands still, it would have 9 channels
+    assert small.embed.out_features == 7
+    assert small.compaction.left["n1"] == "its constants stay as numbers, as a plain norm would have 9 channels for 8"
+    unread(model.up1, model.up2, model.head, channels=(4,))
+    assert folded(model, 4, 5).embed.out_features == 8
+
+
 def test_nothing_is_folded_unless_asked_for() -> None:
     model = randomised(Stream())
     die(model.embed, model.down1, model.down2)
@@ -157,8 +167,8 @@ def test_any_constants_may_go(seed: int, dead: set[int], unread_too: bool) -> No
     die(model.embed, model.down1, model.down2, channels=tuple(dead))
     if unread_too:
         unread(model.up1, model.up2, model.head, channels=tuple(dead))
-    small = folded(model, 4, 5)
-    assert {type(norm) for norm in norms(small)} == {nn.LayerNorm}
+    wider = len(dead) == 1 and not unread_too
+    assert {type(norm) for norm in norms(folded(model, 4, 5))} == {CompactLayerNorm if wider else nn.LayerNorm}
 
 
 class Reader(nn.Module):
@@ -202,16 +212,17 @@ def test_tables_positions_and_attention_take_the_coordinates() -> None:
 
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("final", [True, False])
-def test_encoders_of_torch(batch_first: bool, final: bool) -> None:
+@pytest.mark.parametrize("dead", [DEAD, (1, 4)])
+def test_encoders_of_torch(batch_first: bool, final: bool, dead: tuple[int, ...]) -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, 0.1, batch_first=batch_first, norm_first=True)
     encoder = nn.TransformerEncoder(layer, 2, nn.LayerNorm(8) if final else None, enable_nested_tensor=False)
     model = randomised(nn.Sequential(nn.Linear(5, 8), encoder, *([] if final else [nn.LayerNorm(8)]), nn.Linear(8, 3)))
     for each in encoder.layers:
-        die(each.self_attn.out_proj, each.linear2)
-    die(model[0])
+        die(each.self_attn.out_proj, each.linear2, channels=dead)
+    die(model[0], channels=dead)
     small = folded(model, 4, 5)
     assert {type(norm) for norm in norms(small)} == {nn.LayerNorm}
-    assert {norm.normalized_shape for norm in norms(small)} == {(7,)}
+    assert {norm.normalized_shape for norm in norms(small)} == {(10 - len(dead),)}
     assert small(torch.randn(2, 4, 5, dtype=DOUBLE)).sum().backward() is None  # and it can be trained
     assert all(p.grad is not None for p in small.parameters())
 

@@ -190,6 +190,8 @@ class PlainNorms:
             still, carrier = math.sqrt(min(sizes.values()) / 2), every[0]
         isometry = _mean_zero(k + (carrier is not None))
         p = len(isometry)
+        if p > n:
+            raise Unknown(f"a plain norm would have {p} channels for {n}")
         less = torch.eye(k, dtype=torch.float64) - (1 - math.sqrt(1 - k / n)) / k
         into = isometry[:, :k] @ less
         for writer in stream.writers:
