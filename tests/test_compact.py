@@ -173,12 +173,13 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_smaller_network_is_the_same_function(name: str) -> None:
+@pytest.mark.parametrize("inference", [False, True])
+def test_the_smaller_network_is_the_same_function(name: str, inference: bool) -> None:
     make, shape = MODELS[name]
     for keep, seed in ((0.15, 0), (0.4, 1), (0.02, 2)):
         model = zeroed(make(), keep, seed)
         before = copy.deepcopy(model.state_dict())
-        small = vd.compact(model, torch.randn(2, *shape, dtype=torch.float64))
+        small = vd.compact(model, torch.randn(2, *shape, dtype=torch.float64), for_inference=inference)
         assert_same(model, small, *shape)
         assert parameters(small) < parameters(model) or name == "groups"
         assert small.compaction.parameters == (parameters(model), parameters(small))
@@ -220,7 +221,7 @@ def test_random_networks_are_the_same_function(data: st.DataObject) -> None:
             return self.steps[-1](x.flatten(1))
 
     model = zeroed(Net(), draw(st.sampled_from([0.05, 0.2, 0.5])), draw(st.integers(0, 1000)))
-    small = vd.compact(model, torch.randn(2, start, 3, 3, dtype=torch.float64))
+    small = vd.compact(model, torch.randn(2, start, 3, 3, dtype=torch.float64), for_inference=draw(st.booleans()))
     assert_same(model, small, start, 3, 3)
     biases = sum(m.out_channels for m in modules if isinstance(m, nn.Conv2d) and m.bias is None)  # may have to be made
     assert parameters(small) <= parameters(model) + biases
@@ -570,9 +571,10 @@ def test_the_result_is_plain_and_in_the_same_mode() -> None:
 
 
 @pytest.mark.parametrize("name", ["lenet-5", "sizes in the code", "residual"])
-def test_results_pickle_and_copy(name: str) -> None:
+@pytest.mark.parametrize("inference", [False, True])
+def test_results_pickle_and_copy(name: str, inference: bool) -> None:
     make, shape = MODELS[name]
-    small = vd.compact(zeroed(make(), 0.2), torch.randn(2, *shape, dtype=torch.float64))
+    small = vd.compact(zeroed(make(), 0.2), torch.randn(2, *shape, dtype=torch.float64), for_inference=inference)
     file = io.BytesIO()
     torch.save(small, file)
     file.seek(0)

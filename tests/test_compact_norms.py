@@ -442,8 +442,9 @@ def test_the_stream_of_an_encoder_gets_narrower(norm_first: bool, final: bool) -
     x.requires_grad_()
     (dense,) = torch.autograd.grad(model(x).square().sum(), x)
     torch.testing.assert_close(torch.autograd.grad(small(x).square().sum(), x)[0], dense)
-    small = vd.compact(model, (x, padding))
-    torch.testing.assert_close(small(x, padding), model(x, padding))
+    for inference in (True, False):
+        small = vd.compact(model, (x, padding), for_inference=inference)
+        torch.testing.assert_close(small(x, padding), model(x, padding))
     assert small.train()(x, padding).requires_grad
     frozen = vd.compact(model.requires_grad_(False), (x, padding))
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
@@ -462,8 +463,10 @@ def test_encoders_that_keep_their_width_keep_their_class(norm_first: bool) -> No
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.booleans(), st.integers(0, 10_000), st.sampled_from([0.1, 0.3, 0.6]), st.booleans())
-def test_random_encoders_are_the_same_function(norm_first: bool, seed: int, keep: float, dead: bool) -> None:
+@given(st.booleans(), st.integers(0, 10_000), st.sampled_from([0.1, 0.3, 0.6]), st.booleans(), st.booleans())
+def test_random_encoders_are_the_same_function(
+    norm_first: bool, seed: int, keep: float, dead: bool, inference: bool
+) -> None:
     """Rows, columns and single weights at random zero, of a stream that has dead channels or not."""
     model = randomised(Encoded(norm_first), seed)
     generator = torch.Generator().manual_seed(seed)
@@ -477,7 +480,7 @@ def test_random_encoders_are_the_same_function(norm_first: bool, seed: int, keep
                 mask &= torch.rand(len(parameter), 1, generator=generator) < 0.8
                 mask &= torch.rand(parameter.shape[1], generator=generator) < 0.8
             parameter.mul_(mask)
-    small = vd.compact(model, torch.randn(2, 4, 3, dtype=DOUBLE))
+    small = vd.compact(model, torch.randn(2, 4, 3, dtype=DOUBLE), for_inference=inference)
     assert_same(model, small, 4, 3)
     again = io.BytesIO()
     torch.save(small, again)
