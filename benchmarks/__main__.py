@@ -34,7 +34,9 @@ PLANS = {
     "per-example": Plan("a weight for every example: the MLP, minibatch of 1000, scaled from a few examples", 5, 2),
     "kl": Plan("KL divergence with its gradient, as a share of the plain step of mlp-1000", 25, 3),
     "mc-predict": Plan("vd.mc_predict of 100 passes, against a loop of 100 forwards of the same model", 7, 1),
-    "compact": Plan("inference of compacted networks, half of the units dead, against the dense ones", 15, 3),
+    "compact": Plan(
+        "inference of compacted networks, half of the units dead, against the dense ones; one thread", 15, 3
+    ),
     "memory-4096": Plan("peak memory of a training step of the MLP, minibatch of 4096", 2, 1),
 }
 

@@ -140,12 +140,12 @@ def _network(name: str, rounds: int, warmup: int) -> Iterable[Row]:
         times = 20 if batch == 1 else 1
         left = work.left(dense, small, x, after / before)
         goal = round(GOAL * left, 2) if batch > 1 or name in WIDE else None
-        note = f"{after / before:.2f} of the multiply-adds, {left:.2f} of the work"
+        note = f"multiply-adds {after / before:.2f}, work {left:.2f}"
         for engine, call in (("torch", partial), ("onnxruntime", _onnx.forward)):
             nets = {"": small} | ({", nothing dead": alive} if engine == "torch" and _is_other(alive) else {})
             ours = {key: _repeated(call(net, x), times) for key, net in nets.items()}
             for key, pairs in interleaved(ours, _repeated(call(dense, x), times), rounds, warmup).items():
-                about = {"note": "all of the work"} if key else {"goal": goal, "note": note}
+                about = {"note": "work 1"} if key else {"goal": goal, "note": note}
                 yield summarise("compact", f"{name}, {engine}, batch {batch}{key}", pairs, **about)
 
 
