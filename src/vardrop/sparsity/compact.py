@@ -30,11 +30,12 @@ class Compaction:
     """What :func:`compact` did; the attribute ``compaction`` of what it returns.
 
     Attributes:
-        changed: name of the module -> before and after, as they print.
+        changed: name of the module -> before and after, as they print; ``"memory"`` -> the order of axes in memory.
         left: name of the module, or of an operation -> what could not be removed and why, in a sentence.
         parameters: how many there were, and are.
         multiply_adds: on the example input, before and after.
-        kept: name of a changed layer with a weight -> indices of its outputs and of its inputs that are still there.
+        kept: name of a changed layer with a weight -> indices of its outputs and of its inputs that are still there;
+            without layers of streams that are in other coordinates.
     """
 
     changed: dict[str, tuple[str, str]] = field(default_factory=dict)
