@@ -33,7 +33,7 @@ def channels_last(model: nn.Module, inputs: Inputs) -> str | None:
     if graph is None:
         return "its code cannot be traced by torch.fx, and may depend on the order in memory"
     for node in graph.nodes:
-        if node.op == "call_method" and name_of(node) in _ASKS:
+        if node.op in ("call_method", "call_function") and name_of(node) in _ASKS:
             return f"its code calls {name_of(node)}(), which depends on the order in memory"
         leaf: Any = model.get_submodule(str(node.target)) if node.op == "call_module" else None
         if leaf is not None and not type(leaf).__module__.startswith(("torch.", "vardrop.")):
