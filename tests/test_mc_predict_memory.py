@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -162,6 +163,27 @@ def test_memory_stays_within_the_bound_for_batches_of_any_structure_and_size(siz
     with Peak() as peak:
         vd.mc_predict(Nested(), batches, 50, max_memory=8_000_000, keep=False)
     assert peak.most <= 8_000_000 + 2000 * 8 * 12
+
+
+@pytest.mark.parametrize("engine", ["vmap", "loop"])
+def test_notes_of_one_batch_are_gone_before_the_next_one(engine: str) -> None:
+    """At once, not when garbage happens to be collected."""
+    held = []
+
+    def batches() -> Iterator[tuple[list[Tensor], int]]:
+        for _ in range(4):
+            held.append(peak.now)
+            yield [torch.randn(2000, 64)], 0
+
+    gc.collect()
+    gc.disable()
+    try:
+        with Peak() as peak:
+            vd.mc_predict(Nested(), batches(), 50, engine=engine, keep=False)
+    finally:
+        gc.enable()
+    result = 2 * 4 * 2000  # mean and variance
+    assert held[3] - held[2] <= 2 * result < 4 * 2000 * 64
 
 
 def test_a_chunk_that_turns_out_too_large_is_made_again_in_smaller_ones(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,14 +116,15 @@ class Prefix(TorchFunctionMode):
         self._numbers = WeakIdKeyDictionary()
         self._tensors: list[Any] = []  # by number: weak where the model made them, until the notes are complete
         self._versions: list[tuple[Tensor, int]] = []
-        self._do: Callable[[Any, Any, Any], Any] = self._write
+        # a function, not a method: with that the notes would live in a circle until the next garbage collection
+        self._do: Callable[[Prefix, Any, Any, Any], Any] = Prefix._write
         self._place = 0
 
     def __enter__(self) -> Prefix:
         self.deviated, self._place = False, 0
         if self._notes:
             if all(tensor._version == version for tensor, version in self._versions):
-                self._do = self._read
+                self._do = Prefix._read
             else:
                 self.forget()
         super().__enter__()
@@ -131,17 +132,17 @@ class Prefix(TorchFunctionMode):
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        if self._do == self._write:  # nothing random: there are no passes to come
+        if self._do is Prefix._write:  # nothing random: there are no passes to come
             self.forget()
-        elif self._do == self._read:
+        elif self._do is Prefix._read:
             self.deviated = True  # the model was done before its notes were
-        self._do = self._carry_out
+        self._do = Prefix._carry_out
 
     def forget(self) -> None:
         """Keep nothing; from now on every call is carried out."""
         self.useful = False
         self._notes, self._tensors, self._versions, self._numbers = [], [], [], WeakIdKeyDictionary()
-        self._do = self._carry_out
+        self._do = Prefix._carry_out
 
     def held(self) -> int:
         """Bytes that the notes keep alive."""
@@ -149,7 +150,7 @@ class Prefix(TorchFunctionMode):
         return sum({storage._cdata: storage.nbytes() for storage in storages if storage.device.type != "meta"}.values())
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self._do(func, args, kwargs or {})
+        return self._do(self, func, args, kwargs or {})
 
     def _carry_out(self, func: Any, args: Any, kwargs: Any) -> Any:
         out = func(*args, **kwargs)
@@ -194,7 +195,7 @@ class Prefix(TorchFunctionMode):
             elif isinstance(alive, Tensor) and not alive.is_inference():
                 self._versions.append((alive, alive._version))
             self._tensors[number] = alive
-        self._do = self._carry_out
+        self._do = Prefix._carry_out
         self.at_noise()
         if not any(note.computes for note in self._notes):
             self.forget()
@@ -204,7 +205,7 @@ class Prefix(TorchFunctionMode):
         if isinstance(value, Tensor):
             number = self._numbers.get(value)
             if number is None:
-                if self._do == self._read:
+                if self._do is Prefix._read:
                     return None  # no description of a tensor is equal to it
                 number = len(self._tensors)
                 self._numbers[value] = number
@@ -220,12 +221,12 @@ class Prefix(TorchFunctionMode):
 
     def _read(self, func: Any, args: Any, kwargs: Any) -> Any:
         if self._place == len(self._notes):
-            self._do = self._carry_out
+            self._do = Prefix._carry_out
             return self._carry_out(func, args, kwargs)
         note = self._notes[self._place]
         if note.func is not func or not _equal(self._described((args, kwargs)), note.arguments):
             self.deviated = True
-            self._do = self._carry_out
+            self._do = Prefix._carry_out
             raise Deviated
         self._place += 1
         if note.acts:
