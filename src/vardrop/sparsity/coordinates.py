@@ -27,7 +27,7 @@ from vardrop.sparsity.attention import CompactAttention
 from vardrop.sparsity.channels import Each, Mix, Rule
 from vardrop.sparsity.facts import Unknown, name_of
 from vardrop.sparsity.norms import CompactLayerNorm
-from vardrop.sparsity.rebuild import Select, replace
+from vardrop.sparsity.rebuild import replace, selecting
 from vardrop.sparsity.rules import Reader
 from vardrop.sparsity.stream import Attend, Own
 
@@ -119,7 +119,7 @@ class PlainNorms:
         """Whether a tensor is what a linear layer, attention, a table or a parameter gives."""
         rule = self.rules.get(node)
         if isinstance(rule, Mix):
-            return type(_selecting(self._at(node))[1]) is nn.Linear
+            return type(selecting(self._at(node))[1]) is nn.Linear
         if isinstance(rule, Attend):
             return type(self._at(rule.call)) is CompactAttention
         return isinstance(rule, Own)
@@ -156,7 +156,7 @@ class PlainNorms:
         while open_:
             node = open_.pop()
             for user in node.users:
-                select, reader = _selecting(self._at(user))
+                select, reader = selecting(self._at(user))
                 linear = type(reader) is nn.Linear and isinstance(self.rules.get(user), Mix)
                 if linear and (select is not None or reader.in_features == width):
                     found.append(user)
@@ -221,7 +221,7 @@ class PlainNorms:
         if isinstance(rule, Own):
             self._write_table(node, rule, into, offset)
             return
-        _, module = _selecting(self._at(rule.call))
+        _, module = selecting(self._at(rule.call))
         linear = module.out_proj if isinstance(rule, Attend) else module
         weight, bias = _exact(linear.weight), _exact(linear.bias)
         _set(linear, into @ weight, offset if bias is None else into @ bias + offset)
@@ -240,7 +240,7 @@ class PlainNorms:
 
     def _read(self, node: Node, back: Tensor, shift: Tensor | None) -> None:
         """Make what reads the outputs of a norm read the new numbers: old outputs are ``back @ new + shift``."""
-        select, module = _selecting(self._at(node))
+        select, module = selecting(self._at(node))
         if select is not None:  # all new numbers are read
             back, shift = back[select], None if shift is None else shift[select]
             replace(self.module, self._at(node), module)
@@ -250,13 +250,6 @@ class PlainNorms:
             bias = weight @ shift if bias is None else bias + weight @ shift
         _set(linear, weight @ back, bias)
         self.mixed.add(str(node.target))
-
-
-def _selecting(module: Any) -> tuple[Tensor | None, Any]:
-    """A layer, and which of its inputs it gets if there is a selection in front of it."""
-    if isinstance(module, nn.Sequential) and len(module) == 2 and isinstance(module[0], Select):
-        return module[0].index.cpu(), module[1]
-    return None, module
 
 
 def _inputs(node: Node) -> list[Node]:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from vardrop.sparsity.channels import Each
-from vardrop.sparsity.rebuild import Select, replace
+from vardrop.sparsity.rebuild import replace, selecting
 from vardrop.sparsity.rules import Reader
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -34,9 +34,7 @@ def fold_batch_norms(module: nn.Module, reader: Reader) -> dict[str, str]:
 
 def _fold(module: nn.Module, reader: Reader, source: Any, norm: Any) -> str:
     """Fold a norm into the layer that it normalises; why not, if that cannot be."""
-    layer: Any = module.get_submodule(str(source.target)) if source.op == "call_module" else None
-    if isinstance(layer, nn.Sequential) and len(layer) == 2 and isinstance(layer[0], Select):
-        layer = layer[1]
+    _, layer = selecting(module.get_submodule(str(source.target)) if source.op == "call_module" else None)
     if type(layer) not in _LAYERS or (isinstance(layer, _TRANSPOSED) and layer.groups > 1):
         return "it is not behind a convolution or a linear layer"
     path = str(source.target)

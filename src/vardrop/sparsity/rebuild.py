@@ -37,6 +37,13 @@ class Select(nn.Module):
         return f"{len(self.index)} channels, dim={self.dim}"
 
 
+def selecting(module: Any) -> tuple[Tensor | None, Any]:
+    """Which of its inputs a layer gets, if there is a selection in front of it, and the layer."""
+    if isinstance(module, nn.Sequential) and len(module) == 2 and isinstance(module[0], Select):
+        return module[0].index.cpu(), module[1]
+    return None, module
+
+
 def smaller(module: nn.Module, rule: Rule, select: bool) -> nn.Module | None:
     """What a module becomes; None if it stays as it is."""
     if isinstance(rule, Mix):
