@@ -12,6 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from vardrop.sparsity.channels import Channels
 from vardrop.sparsity.feed_forward import feed_forward
+from vardrop.sparsity.mixing import mix
 from vardrop.sparsity.rebuild import Kept, replace
 from vardrop.sparsity.stream import Attend
 
@@ -84,8 +85,7 @@ class CompactAttention(nn.Module):
         batched = query.ndim == 3
         q, k, v = self._projected(query, key, value, batched)
         mask = self._mask(attn_mask, key_padding_mask, q)
-        mixed = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
-        out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
+        out: Tensor = self.out_proj(mix(q, k, v, mask, self.dropout if self.training else 0.0))
         if not batched:
             return out.squeeze(0), None
         return out if self.batch_first else out.transpose(0, 1), None
