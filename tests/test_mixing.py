@@ -96,7 +96,8 @@ def test_masks_dropout_other_types_and_gradients_are_fused(wide_vectors: None, f
         mix(q.double(), k.double(), v.double())
     q.requires_grad_()
     mix(q, k, v).sum().backward()
-    assert len(fused) == 4 and q.grad is not None
+    assert len(fused) == 4
+    assert q.grad is not None
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's kernel has no rule for vmap
