@@ -122,7 +122,7 @@ def test_an_exported_program_takes_other_sizes(wide_vectors: None) -> None:
 
 
 def test_the_gain_is_not_at_the_cost_of_extreme_scores(wide_vectors: None) -> None:
-    q, k, v = parts()
+    q, k, v = parts()  # scores of some 10,000 have errors of 1e-3 in float32, and so has their softmax
     with torch.no_grad():
         y = mix(100 * q, 100 * k, v)
     torch.testing.assert_close(y.double(), reference(100 * q, 100 * k, v), atol=1e-2, rtol=1e-2)
