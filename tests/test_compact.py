@@ -427,6 +427,29 @@ def test_shared_modules_and_tied_weights_stay_whole() -> None:
     assert small[2].weight is small[0].weight
 
 
+def test_what_stays_whole_is_told_where_it_has_dead_units() -> None:
+    model = Twice().double()
+    with torch.no_grad():
+        model.shared.weight[:2] = 0.0
+        model.tied.weight[:, 4] = 0.0
+    small = vd.compact(model, torch.randn(2, 6, dtype=torch.float64))
+    assert_same(model, small, 6)
+    assert small.compaction.left["shared"] == (
+        "is called more than once: stays whole, though 2 of 6 rows and 0 of 6 columns of its weight are zeros"
+    )
+    assert small.compaction.left["tied"] == (
+        "has a parameter that is read elsewhere: stays whole, though 0 of 6 rows and 1 of 6 columns of its weight are "
+        "zeros"
+    )
+    tied = nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5)).double()
+    tied[2].weight = tied[0].weight
+    with torch.no_grad():
+        tied[0].weight[3] = 0.0
+    left = vd.compact(tied, torch.randn(2, 5, dtype=torch.float64)).compaction.left
+    assert left["0"].startswith("shares a parameter with 2: stays whole, though 1 of 5 rows")
+    assert left["2"].startswith("shares a parameter with 0: stays whole")
+
+
 class Branches(nn.Module):
     """Control flow that depends on the data; what is inside of it can be traced."""
 

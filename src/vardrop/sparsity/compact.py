@@ -18,7 +18,7 @@ from vardrop.sparsity.encoder import put_back, write_out
 from vardrop.sparsity.folding import fold_batch_norms
 from vardrop.sparsity.layout import channels_last
 from vardrop.sparsity.norms import smaller_norm
-from vardrop.sparsity.rebuild import cut_own, kept_of, note_kept, replace, smaller, why_left
+from vardrop.sparsity.rebuild import cut_own, kept_of, note_kept, replace, smaller, why_left, why_whole
 from vardrop.sparsity.rules import Reader
 from vardrop.sparsity.same import check_same, multiply_adds
 from vardrop.sparsity.stream import Attend, Norm, Own
@@ -260,6 +260,10 @@ def compact_part(
         new = module.get_submodule(path)
         if str(new) != old_text:
             report.changed[f"{name}.{path}".strip(".")] = old_print, printed(new)
+    for path, reason in reader.fixed.items():
+        why = why_whole(modules[path], reason)
+        if why:
+            report.left[f"{name}.{path}".strip(".")] = why
     for path in unused(graph, modules):
         where = f"{name}.{path}".strip(".")
         report.left[where] = "is not called in evaluation; what calls it in training may find fewer channels"

@@ -167,3 +167,18 @@ def why_left(channels: Channels) -> str | None:
         return None  # the last one of a layer
     told = "; ".join(reasons) if reasons else "they go with channels that stay"
     return f"{left} of {channels.size} output channels could go, but {told}"
+
+
+def why_whole(module: nn.Module, reason: str) -> str | None:
+    """Why a layer stays as it is that has rows or columns of zeros, in a sentence; None if it has none."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim < 2:
+        return None
+    zeros = weight.detach() == 0
+    rows, columns = zeros.flatten(1).all(1), zeros.transpose(0, 1).flatten(1).all(1)
+    if not rows.any() and not columns.any():
+        return None
+    return (
+        f"{reason}: stays whole, though {int(rows.sum())} of {len(rows)} rows and {int(columns.sum())} of "
+        f"{len(columns)} columns of its weight are zeros"
+    )
