@@ -6,6 +6,8 @@ Which seed does not matter: a test holds for any, up to the one in thousands tha
 
 import os
 import random
+import tempfile
+from collections.abc import Iterator
 
 import numpy
 import pytest
@@ -35,3 +37,14 @@ def pytest_collectstart() -> None:
 def seeded() -> None:
     """Seed a test or a doctest."""
     start_over()
+
+
+@pytest.fixture(autouse=True)
+def cleared_up(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Take away what a doctest writes into temporary folders, whose names an example does not keep."""
+    if not isinstance(request.node, pytest.DoctestItem):
+        yield
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield

@@ -281,6 +281,13 @@ def test_a_sparse_lenet_with_few_digits_is_a_small_file(tmp_path: Path) -> None:
     assert torch.equal(other(x), compact(x))
 
 
+def file_of(model: nn.Module) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.vdc"
+        vd.save_compressed(model, path)
+        return path.read_bytes()
+
+
 def lenet_bytes() -> int:
     return 4 * sum(p.numel() for p in lenet5().parameters())
 
@@ -290,20 +297,20 @@ def lenet_bytes() -> int:
 def test_damage_anywhere_is_seen(data: st.DataObject) -> None:
     torch.manual_seed(0)
     model = nn.Linear(6, 5)
-    path = Path(tempfile.mkdtemp()) / "model.vdc"
-    vd.save_compressed(model, path)
-    content = bytearray(path.read_bytes())
+    content = bytearray(file_of(model))
     if data.draw(st.booleans()):
         place = data.draw(st.integers(0, len(content) - 1))
         content[place] ^= data.draw(st.integers(1, 255))
     else:
         content = content[: data.draw(st.integers(0, len(content) - 1))]
-    path.write_bytes(content)
     before = model.weight.detach().clone()
-    with pytest.raises(
-        ValueError, match=r"the file must be whole, got|needs a file that vd.save_compressed wrote, got"
-    ):
-        vd.load_compressed(path, model)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.vdc"
+        path.write_bytes(content)
+        with pytest.raises(
+            ValueError, match=r"the file must be whole, got|needs a file that vd.save_compressed wrote, got"
+        ):
+            vd.load_compressed(path, model)
     assert torch.equal(model.weight, before)
 
 
