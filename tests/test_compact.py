@@ -148,6 +148,21 @@ class Gates(nn.Module):
         return self.out((1 - gated) / 2 + gated.abs())
 
 
+class Padded(nn.Module):
+    """Borders of zeros, of another number, and of what is there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Conv2d(2, 6, 3), nn.Conv2d(6, 5, 3), nn.Conv2d(5, 4, 3)
+        self.pads = nn.ModuleList([nn.ZeroPad2d(1), nn.ConstantPad2d(2, 0.5), nn.ReflectionPad2d(1)])
+        self.last = nn.Conv2d(4, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(F.pad(self.pads[0](torch.sigmoid(self.first(x))), (1, 0, 2, 1)))
+        x = self.third(F.pad(self.pads[1](x.relu()), [1, 1], value=0.5))
+        return self.last(F.pad(self.pads[2](x), (1, 1, 1, 1), mode="replicate"))
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mlp": (lambda: mlp([7, 9, 8, 3]), (7,)),
     "mlp of sequences": (lambda: mlp([7, 9, 8, 3]), (4, 7)),
@@ -163,6 +178,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "squeeze": (Squeeze, (1, 5, 5)),
     "conv1d": (lambda: nn.Sequential(nn.Conv1d(3, 6, 3), nn.AvgPool1d(2, padding=1), nn.Conv1d(6, 2, 2)), (3, 9)),
     "groups": (lambda: nn.Sequential(nn.Conv2d(2, 4, 1), nn.Conv2d(4, 6, 1, groups=2), nn.Conv2d(6, 2, 1)), (2, 3, 3)),
+    "padded": (Padded, (2, 6, 6)),
     "reflection": (
         lambda: nn.Sequential(
             nn.Conv2d(2, 6, 3), nn.Sigmoid(), nn.Conv2d(6, 4, 3, padding=1, padding_mode="reflect"), nn.Conv2d(4, 2, 1)
@@ -343,6 +359,17 @@ def test_a_constant_at_a_padding_stays_and_is_told() -> None:
     assert_same(model, small, 1, 4, 4)
 
 
+@pytest.mark.parametrize("edge", [0.0, 0.5, None])
+def test_a_constant_goes_through_a_border_of_its_value(edge: float | None) -> None:
+    pad: nn.Module = nn.ReflectionPad2d(1) if edge is None else nn.ConstantPad2d(1, edge)
+    model = nn.Sequential(nn.Conv2d(1, 3, 1), nn.Sigmoid(), pad, nn.Conv2d(3, 2, 3)).double()
+    with torch.no_grad():
+        model[0].weight[1], model[0].bias[1] = 0, 0  # a sigmoid of 0.5
+    small = vd.compact(model, torch.randn(1, 1, 4, 4, dtype=torch.float64))
+    assert small[0].out_channels == (3 if edge == 0 else 2)
+    assert_same(model, small, 1, 4, 4)
+
+
 @pytest.mark.parametrize(
     ("module", "words"),
     [
@@ -377,6 +404,7 @@ LEFT: dict[str, Callable[[Tensor], Tensor]] = {
     "works along the channels": lambda x: F.avg_pool3d(x, 3, 1, 1),
     "works along axis 3, where the channels do not lie": nn.Linear(4, 2),
     "has no running statistics, and so takes those of the batch": nn.BatchNorm2d(6, track_running_stats=False),
+    "pads by a size that is computed": lambda x: F.pad(x, x.shape[2:]),
     "takes a part of the tensor": lambda x: x[:, 1:],
     "is not known here": lambda x: torch.cat(x.chunk(2, 1), 1),
 }

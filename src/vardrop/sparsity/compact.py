@@ -21,8 +21,19 @@ from vardrop.sparsity.norms import smaller_norm
 from vardrop.sparsity.rebuild import cut_own, kept_of, note_kept, replace, smaller, why_left, why_whole
 from vardrop.sparsity.rules import Reader
 from vardrop.sparsity.same import check_same, multiply_adds
+from vardrop.sparsity.spelled import spell_back, spell_out
 from vardrop.sparsity.stream import Attend, Norm, Own
-from vardrop.sparsity.tracing import Inputs, Shapes, Tracer, arguments, fixed_modules, fixed_paths, traced, unused
+from vardrop.sparsity.tracing import (
+    Inputs,
+    Shapes,
+    Tracer,
+    arguments,
+    fixed_modules,
+    fixed_paths,
+    portable,
+    traced,
+    unused,
+)
 
 
 @dataclass
@@ -43,6 +54,12 @@ class Compaction:
     parameters: tuple[int, int] = (0, 0)
     multiply_adds: tuple[int, int] = (0, 0)
     kept: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def rename(self, names: dict[str, str]) -> None:
+        """Tell of modules under other names."""
+        self.changed = {names.get(name, name): value for name, value in self.changed.items()}
+        self.left = {names.get(name, name): value for name, value in self.left.items()}
+        self.kept = {names.get(name, name): value for name, value in self.kept.items()}
 
     def __str__(self) -> str:
         (before, after), (work, less) = self.parameters, self.multiply_adds
@@ -118,8 +135,11 @@ def compact(
     report = Compaction()
     reasons = fixed_modules(small)
     compact_attention(small, report.changed, report.left, report.kept, reasons)
+    small, spelled = spell_out(small, reasons)
     small, written = write_out(small, reasons)
     small = put_back(_all_parts(small, inputs, report, reasons, select_inputs, for_inference), written)
+    small, names = spell_back(small, spelled)
+    report.rename(names)
     if for_inference:
         _order(small, inputs, report)
     check_same(dense, small, inputs)
@@ -275,8 +295,4 @@ def compact_part(
             flat = graph.call_function(torch.flatten, (node.args[0], 1))
         node.replace_all_uses_with(flat)
         graph.erase_node(node)
-    fresh = fx.Graph()  # without our tracer, so that it pickles for all
-    fresh.output(fresh.graph_copy(graph, {}))
-    for node in fresh.nodes:
-        node.type = None  # annotations that are strings do not pickle
-    return fx.GraphModule(module, fresh, type(module).__name__)
+    return portable(module, graph)

@@ -121,6 +121,18 @@ class Facts:
             rule.out.constant &= rule.out.value == 0
         return rule
 
+    def _pad(self, node: fx.Node, sizes: Any, edge: float | None) -> Rule:
+        """More positions, of a value or (None) of those that there are."""
+        source: Any = node.args[0]
+        if not isinstance(sizes, list | tuple) or not all(isinstance(size, int) for size in sizes):
+            raise Unknown("pads by a size that is computed")
+        if source in self.facts and len(sizes) // 2 >= len(source.meta["shape"]) - self.facts[source].dim:
+            raise Unknown("works along the channels")
+        rule = self._each(node, source, lambda value: value)
+        if rule.out is not None and edge is not None:
+            rule.out.constant &= rule.out.value == edge
+        return rule
+
     def _flatten(self, node: fx.Node, source: Any) -> Rule:
         return Blocks(node, [self.channels(source, 1)], 1, math.prod(source.meta["shape"][2:]))
 

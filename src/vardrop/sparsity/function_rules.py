@@ -55,6 +55,10 @@ class FunctionRules(Facts):
             return self._view(node, name)
         if name in ("cat", "concat", "concatenate"):
             return self._cat(node)
+        if name == "pad":
+            given: dict[str, Any] = dict(zip(("pad", "mode", "value"), node.args[1:], strict=False)) | node.kwargs
+            edge = (given.get("value") or 0.0) if given.get("mode", "constant") == "constant" else None
+            return self._pad(node, given.get("pad"), edge)
         if others:
             raise Unknown("takes more than one tensor, in a way that is not known here")
         self._check_positions(node, name)

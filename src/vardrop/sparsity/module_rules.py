@@ -23,6 +23,11 @@ _SAME = (  # the value of a constant stays what it is
     nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.Upsample,
 )  # fmt: skip
 _AVERAGES = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+_PADS = (
+    nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d, nn.ReflectionPad1d,
+    nn.ReflectionPad2d, nn.ReflectionPad3d, nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d,
+    nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d,
+)  # fmt: skip
 _ACTIVATIONS = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Softsign,
     nn.Tanh, nn.Tanhshrink, nn.Sigmoid, nn.LogSigmoid, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Hardshrink,
@@ -66,6 +71,8 @@ class ModuleRules(Facts):
         if kind in _AVERAGES:
             self._check_positions(node, kind.__name__)
             return self._average(node, source, module.padding, module.count_include_pad)
+        if kind in _PADS:
+            return self._pad(node, module.padding, getattr(module, "value", None))
         if kind in (nn.LayerNorm, nn.RMSNorm):
             return self._layer_norm(node, module)
         if kind is nn.GroupNorm:

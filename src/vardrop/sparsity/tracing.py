@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -51,11 +52,31 @@ class Tracer(fx.Tracer):
 
 
 def traced(module: nn.Module, opaque: set[int]) -> fx.Graph | None:
-    """The graph of a module, or None if its code cannot be traced."""
+    """The graph of a module, or None if its code cannot be traced; with its options at their defaults, if need be."""
+    return _trace(module, opaque, {}) or _trace(module, opaque, _options(module))
+
+
+def _trace(module: nn.Module, opaque: set[int], concrete: dict[str, Any]) -> fx.Graph | None:
     try:
-        return Tracer(opaque).trace(module)
+        return Tracer(opaque).trace(module, concrete)
     except Exception:  # code of any kind ran with symbols for tensors
         return None
+
+
+def _options(module: nn.Module) -> dict[str, Any]:
+    """The arguments of a module that are switches and numbers, with their defaults."""
+    given = inspect.signature(module.forward).parameters
+    kinds = (bool, int, float, str, type(None))
+    return {name: each.default for name, each in given.items() if isinstance(each.default, kinds)}
+
+
+def portable(module: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """A graph as a module, without our tracer, so that it pickles for all."""
+    fresh = fx.Graph()
+    fresh.output(fresh.graph_copy(graph, {}))
+    for node in fresh.nodes:
+        node.type = None  # annotations that are strings do not pickle
+    return fx.GraphModule(module, fresh, type(module).__name__)
 
 
 def arguments(model: nn.Module, inputs: Inputs, parts: list[nn.Module]) -> dict[int, list[Inputs]]:
