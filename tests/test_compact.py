@@ -6,6 +6,7 @@ import copy
 import io
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -148,6 +149,25 @@ class Gates(nn.Module):
         return self.out((1 - gated) / 2 + gated.abs())
 
 
+class Scaled(nn.Module):
+    """A stream whose branches have weights of their own for the channels, written in four ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.last = nn.Conv2d(2, 6, 3), nn.Conv2d(6, 3, 1)
+        self.branches = nn.ModuleList(nn.Conv2d(6, 6, 1) for _ in range(4))
+        for name in ("first", "second", "third"):
+            self.register_parameter(name, nn.Parameter(torch.rand(6)))
+        self.fourth = nn.Parameter(torch.rand(6, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.branches[0](x).mul(self.first.reshape(1, -1, 1, 1))
+        x = x + self.second.view(-1, 1, 1) * self.branches[1](x)
+        x = x + self.branches[2](x) * self.third[:, None, None]
+        return self.last(x + self.branches[3](x) * self.fourth)
+
+
 class Padded(nn.Module):
     """Borders of zeros, of another number, and of what is there."""
 
@@ -178,6 +198,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "squeeze": (Squeeze, (1, 5, 5)),
     "conv1d": (lambda: nn.Sequential(nn.Conv1d(3, 6, 3), nn.AvgPool1d(2, padding=1), nn.Conv1d(6, 2, 2)), (3, 9)),
     "groups": (lambda: nn.Sequential(nn.Conv2d(2, 4, 1), nn.Conv2d(4, 6, 1, groups=2), nn.Conv2d(6, 2, 1)), (2, 3, 3)),
+    "scaled": (Scaled, (2, 6, 6)),
     "padded": (Padded, (2, 6, 6)),
     "reflection": (
         lambda: nn.Sequential(
@@ -256,6 +277,45 @@ def test_units_stay_if_they_vary_and_matter(widths: list[int], seed: int, keep: 
         slopes = torch.stack([torch.autograd.grad(y.sum(), hidden, retain_graph=True)[0] for y in outputs.T])
         alive = (hidden.std(0) > 1e-12) & (slopes.abs().amax((0, 1)) > 0)
         assert small[index - 1].out_features == max(1, int(alive.sum()))
+
+
+class Noting(nn.Module):
+    """Keeps what it saw, and what it computed once, as attention biases are kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.seen: Tensor | None = None
+        self.cache: dict[str, Tensor] = {}
+        self.history: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = self.first(x).tanh()
+        self.history.append(self.seen)
+        if not self.cache:
+            self.cache["bias"] = torch.arange(3.0) * 2
+        return self.second(self.seen) + self.cache["bias"]
+
+
+def test_nothing_of_the_tracing_stays_in_the_modules() -> None:
+    model = zeroed(nn.Sequential(Noting()), 0.5)
+    small = vd.compact(model, torch.randn(1, 4, dtype=torch.float64))
+    assert_same(model, small, 4)
+    noting: Any = small[0]
+    assert all(type(each) is Tensor for each in (noting.seen, *noting.cache.values(), *noting.history))
+    assert not small.compaction.left or "traced" not in str(small.compaction.left)
+    copy.deepcopy(small)
+
+
+def test_weights_of_channels_go_with_their_channels() -> None:
+    model = Scaled().double()
+    with torch.no_grad():
+        for layer in (model.stem, *model.branches):
+            layer.weight[2:] = 0
+    small = vd.compact(model, torch.randn(1, 2, 6, 6, dtype=torch.float64))
+    assert_same(model, small, 2, 6, 6)
+    shapes = [tuple(small.get_parameter(name).shape) for name in ("first", "second", "third", "fourth")]
+    assert shapes == [(2,), (2,), (2,), (2, 1, 1)]
 
 
 def test_constants_are_folded_through_a_whole_network() -> None:
@@ -349,13 +409,39 @@ def test_channels_go_through_gates() -> None:
     assert (small.conv.out_channels, small.up.out_features, small.last.in_channels) == (4, 4, 4)
 
 
-def test_a_constant_at_a_padding_stays_and_is_told() -> None:
-    model = nn.Sequential(nn.Conv2d(1, 3, 1), nn.Sigmoid(), nn.Conv2d(3, 2, 3, padding=1)).double()
+@pytest.mark.parametrize("transposed", [False, True])
+def test_of_constants_at_a_padding_one_stays_for_all_and_is_told(transposed: bool) -> None:
+    last = nn.ConvTranspose2d(6, 2, 3) if transposed else nn.Conv2d(6, 2, 3, padding=1)
+    model = nn.Sequential(nn.Conv2d(1, 6, 1), nn.Sigmoid(), last).double()
     with torch.no_grad():
-        model[0].weight[1] = 0
+        model[0].weight[1:5] = 0
     small = vd.compact(model, torch.randn(1, 1, 4, 4, dtype=torch.float64))
     assert small[0].out_channels == 3
-    assert "1 of 3 output channels could go, but a constant other than 0 at a zero padding" in str(small.compaction)
+    told = "1 of 6 output channels could go, but one constant other than 0 at a zero padding stays for all of them"
+    assert told in str(small.compaction)
+    assert_same(model, small, 1, 4, 4)
+
+
+def test_a_constant_at_a_padding_is_carried_by_one_that_the_layer_had_no_weight_for() -> None:
+    """Two layers read the same constants; each would have kept another one."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(1, 6, 1)
+            self.left, self.right = nn.Conv2d(6, 2, 3, padding=1), nn.Conv2d(6, 2, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x).sigmoid()
+            return self.left(x) + self.right(x)
+
+    model = Net().double()
+    with torch.no_grad():
+        model.first.weight[2:] = 0
+        model.left.weight[:, 4:] = 0
+        model.right.weight[:, 2:4] = 0
+    small = vd.compact(model, torch.randn(1, 1, 4, 4, dtype=torch.float64))
+    assert small.get_submodule("first").out_channels == 3
     assert_same(model, small, 1, 4, 4)
 
 

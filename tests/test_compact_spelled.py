@@ -109,7 +109,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], tuple[i
     ),
     "convolution": (
         lambda: images(nn.Tanh(), SameConv(8, 8, 3), nn.Tanh()),
-        lambda: images(nn.Tanh(), nn.Conv2d(8, 8, 3, padding=1), nn.Tanh()), IMAGE,
+        lambda: images(nn.Tanh(), nn.ZeroPad2d(1), nn.Conv2d(8, 8, 3), nn.Tanh()), IMAGE,
     ),
 }  # fmt: skip
 

@@ -160,6 +160,9 @@ class Mix(Rule):
         gain: ``[out, in]``, what a constant input adds to a constant output (the sum of a kernel).
         bias: ``[out]``.
         exact: which input channels, if constant, add a constant (at a zero padding only zeros do).
+
+    Constants that do not, because of a border of zeros, differ only by a factor: one of them stays, the ``carrier``,
+    and takes over the weights of the others.
     """
 
     def __init__(
@@ -168,6 +171,9 @@ class Mix(Rule):
         super().__init__(node, [source])
         self.source, self.used, self.gain, self.bias = source, used, gain, bias
         self.folds = source.constant & exact  # input channels whose share is a part of the bias
+        stuck = source.constant & ~self.folds
+        self.stuck = stuck  # constants that are none at the border
+        self.carrier = int(torch.where(stuck, source.value.abs(), -1.0).argmax()) if stuck.any() else None
         constant = ~(used & ~self.folds).any(1)
         self.out: Channels = Channels(node, dim, constant, self.folded())
 
@@ -179,9 +185,18 @@ class Mix(Rule):
     def backward(self) -> None:
         matters = self.used & (self.out.needed & ~self.out.constant)[:, None]
         self.source.needed |= matters.any(0)
-        self.source.pin(
-            "a constant other than 0 at a zero padding", self.source.constant & ~self.folds & matters.any(0)
-        )
+        if self.carrier is not None and (self.stuck & matters.any(0)).any():
+            only = torch.zeros_like(self.stuck)
+            only[self.carrier] = True
+            self.source.pin("one constant other than 0 at a zero padding stays for all of them", only)
+
+    def carried(self) -> Tensor:
+        """``[in]``, with what factors the weights of inputs that have gone add to those of the carrier."""
+        share = torch.zeros_like(self.source.value)
+        if self.carrier is not None:
+            gone = self.stuck & ~self.source.keep
+            share[gone] = self.source.value[gone] / self.source.value[self.carrier]
+        return share
 
 
 def settle(rules: Sequence[Rule], facts: Sequence[Channels]) -> None:

@@ -97,15 +97,19 @@ class FunctionRules(Facts):
         known = [each for each in tensors if each in self.facts]
         if not known:
             return Rule(node, [])
-        dim, shape = self.facts[known[0]].dim, node.meta["shape"]
+        shape, back = node.meta["shape"], self.facts[known[0]].dim - len(known[0].meta["shape"])
+        dim = len(shape) + back
         for each in tensors:
             if each not in self.facts:
-                self.take_own(each, dim - len(shape), shape[dim])
+                self.take_own(each, back, shape[dim])
         shapes: list[Any] = [each.meta.get("shape", ()) for each in tensors if each not in self.own]
         others = [x for x in node.args if not isinstance(x, fx.Node | int | float)]
-        if others or any(len(each) != len(shape) or each[dim] != shape[dim] for each in shapes):
+        if others or any(len(each) < -back or each[back] != shape[dim] for each in shapes):
             raise Unknown("joins something else than numbers and tensors of the same channels")
-        inputs = [self.facts[each] if each in self.own else self.channels(each, dim) for each in tensors]
+        inputs = [
+            self.facts[each] if each in self.own else self.channels(each, len(each.meta["shape"]) + back)
+            for each in tensors
+        ]
         values = [self.facts[each].value if isinstance(each, fx.Node) else each for each in node.args]
         value = torch.as_tensor(function(*values))
         constant = torch.stack([channels.constant for channels in inputs]).all(0)
@@ -140,6 +144,8 @@ class FunctionRules(Facts):
             return self._flatten(node, source)
         if len(sizes) == 1 and isinstance(sizes[0], list | tuple):
             sizes = list(sizes[0])
+        if self._take_vector(source) and [size for size in sizes if size != 1] == [-1]:
+            return self._each(node, source, lambda value: value, sizes.index(-1))
         if len(sizes) != 2 or (isinstance(sizes[0], int) and sizes[0] != -1) or not isinstance(sizes[1], int):
             raise Unknown("rearranges the channels")
         shape: tuple[int, ...] = source.meta["shape"] if isinstance(source, fx.Node) and "shape" in source.meta else ()
@@ -150,10 +156,18 @@ class FunctionRules(Facts):
             self.flattens.append(node)
         return rule
 
+    def _take_vector(self, source: Any) -> bool:
+        """Learn of a parameter or buffer of one axis, a number for every channel; whether it is one."""
+        is_vector = isinstance(source, fx.Node) and source.op == "get_attr" and len(source.meta["shape"]) == 1
+        if is_vector and source not in self.facts:
+            self.take_own(source, -1, source.meta["shape"][0])
+        return is_vector
+
     def _rearrange(self, node: fx.Node, name: str) -> Rule:
         """Axes in another order, or more of them, of size 1."""
         source: Any = node.args[0]
         given: list[Any] = list(node.args[1:])
+        self._take_vector(source)
         if source not in self.facts:
             return Rule(node, [])
         order: list[Any] = list(range(len(source.meta["shape"])))

@@ -91,7 +91,10 @@ def cut_own(modules: dict[str, nn.Module], target: str, rule: Own) -> None:
 
 def _used(rule: Mix) -> Tensor:
     """Which inputs a layer has weights for; at least one."""
-    used = (rule.used[rule.out.keep] & ~rule.folds).any(0) & rule.source.keep
+    read = (rule.used[rule.out.keep] & ~rule.folds).any(0)
+    used = read & rule.source.keep
+    if rule.carrier is not None and (read & rule.stuck).any():
+        used[rule.carrier] = rule.source.keep[rule.carrier]
     if not used.any():
         used[rule.source.keep.nonzero()[0]] = True  # one input, of weights that are zero or folded
     return used
@@ -121,6 +124,7 @@ def _mix(module: Any, rule: Mix, select: bool) -> nn.Module | None:
     select = not bool((inputs == source.keep).all())
     small = copy.deepcopy(module)
     transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+    _carry(small, rule, 0 if transposed else 1)
     _cut(small, "weight", [inputs, out.keep] if transposed else [out.keep, inputs])
     gone = source.constant & ~inputs
     bias = rule.folded(gone)[out.keep].to(module.weight)
@@ -135,6 +139,17 @@ def _mix(module: Any, rule: Mix, select: bool) -> nn.Module | None:
     back = source.dim - len(source.node.meta["shape"])
     index = inputs[source.keep].nonzero().flatten().to(module.weight.device)
     return nn.Sequential(Select(index, back), small).train(module.training)
+
+
+def _carry(layer: Any, rule: Mix, axis: int) -> None:
+    """Let one input have the weights of others that have gone, which are constants at the same border."""
+    share = rule.carried()
+    if rule.carrier is None or not share.any():
+        return
+    weight = layer.weight.detach()
+    added = torch.tensordot(weight.double().movedim(axis, -1), share.to(weight.device), 1)
+    with torch.no_grad():
+        layer.weight.select(axis, rule.carrier).add_(added.to(weight.dtype))
 
 
 def _cut(module: nn.Module, name: str, masks: list[Tensor]) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -58,9 +61,32 @@ def traced(module: nn.Module, opaque: set[int]) -> fx.Graph | None:
 
 def _trace(module: nn.Module, opaque: set[int], concrete: dict[str, Any]) -> fx.Graph | None:
     try:
-        return Tracer(opaque).trace(module, concrete)
+        with _as_before(module):
+            return Tracer(opaque).trace(module, concrete)
     except Exception:  # code of any kind ran with symbols for tensors
         return None
+
+
+@contextlib.contextmanager
+def _as_before(module: nn.Module) -> Iterator[None]:
+    """Undo what code notes in its modules while it is traced, for these are symbols, in caches too."""
+    attributes = [(vars(each), dict(vars(each))) for each in module.modules()]
+    caches = [
+        (value, copy.copy(value))
+        for _, before in attributes
+        for name, value in before.items()
+        if not name.startswith("_") and type(value) in (dict, list, set)
+    ]
+    try:
+        yield
+    finally:
+        for now, before in attributes:
+            constants = {name: value for name, value in now.items() if name.startswith("_tensor_constant")}
+            now.clear()
+            now.update(before | constants)  # those the graph reads
+        for cache, content in caches:
+            cache.clear()
+            cache.extend(content) if isinstance(cache, list) else cache.update(content)
 
 
 def _options(module: nn.Module) -> dict[str, Any]:
