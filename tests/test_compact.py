@@ -168,6 +168,23 @@ class Scaled(nn.Module):
         return self.last(x + self.branches[3](x) * self.fourth)
 
 
+class Chunks(nn.Module):
+    """Halves and thirds of the channels, gates of the halves, and parts of positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(4, 12), nn.Linear(6, 12), nn.Linear(4, 12)
+        self.glu, self.last = nn.GLU(), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.first(x).chunk(2, dim=-1)
+        x = self.second(F.silu(a) * b)
+        _, left, right = torch.chunk(x, 3, 2)
+        x = self.third(left * 2 + right.tanh())
+        before, after = x.chunk(2, 1)
+        return self.last(self.glu(before) + F.glu(after, 2))
+
+
 class Padded(nn.Module):
     """Borders of zeros, of another number, and of what is there."""
 
@@ -199,6 +216,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv1d": (lambda: nn.Sequential(nn.Conv1d(3, 6, 3), nn.AvgPool1d(2, padding=1), nn.Conv1d(6, 2, 2)), (3, 9)),
     "groups": (lambda: nn.Sequential(nn.Conv2d(2, 4, 1), nn.Conv2d(4, 6, 1, groups=2), nn.Conv2d(6, 2, 1)), (2, 3, 3)),
     "scaled": (Scaled, (2, 6, 6)),
+    "chunks": (Chunks, (2, 4)),
     "padded": (Padded, (2, 6, 6)),
     "reflection": (
         lambda: nn.Sequential(
@@ -305,6 +323,31 @@ def test_nothing_of_the_tracing_stays_in_the_modules() -> None:
     assert all(type(each) is Tensor for each in (noting.seen, *noting.cache.values(), *noting.history))
     assert not small.compaction.left or "traced" not in str(small.compaction.left)
     copy.deepcopy(small)
+
+
+@pytest.mark.parametrize("kind", ["chunk", "glu"])
+def test_hidden_units_of_a_gate_go_where_both_halves_may(kind: str) -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = nn.Linear(4, 12), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if kind == "glu":
+                return self.outer(F.glu(self.inner(x)))
+            value, gate = self.inner(x).chunk(2, -1)
+            return self.outer(value * F.silu(gate))
+
+    model = Gated().double()
+    with torch.no_grad():
+        model.inner.weight[0], model.inner.bias[0] = 0, 0  # nothing times a gate
+        model.inner.weight[[1, 7]] = 0  # constants
+        model.inner.weight[8] = 0  # a gate that stands still
+        model.outer.weight[:, 5] = 0  # nothing reads it
+    small = vd.compact(model, torch.randn(2, 4, dtype=torch.float64))
+    assert small.get_submodule("inner").out_features == 6
+    assert small.get_submodule("outer").in_features == 3
+    assert_same(model, small, 4)
 
 
 def test_weights_of_channels_go_with_their_channels() -> None:
@@ -480,6 +523,7 @@ LEFT: dict[str, Callable[[Tensor], Tensor]] = {
     "is not known here with other arguments than one tensor": lambda x: torch.relu(input=x),
     "changes in place what is used elsewhere too": lambda x: F.relu(x, inplace=True) + x,
     "takes more than one tensor, in a way that is not known here": lambda x: torch.where(x > 0, x, x.sin()),
+    "changes in place what is used elsewhere": lambda x: x.chunk(2, 1)[0].tanh_() + x.sum(),
     "asks for the number of channels": lambda x: x.cos() * x.shape[1],
     "has more than two arguments": lambda x: torch.add(x, x.sin(), alpha=2),
     "joins something else than numbers and tensors of the same channels": lambda x: x + x[:, :1],
@@ -492,6 +536,7 @@ LEFT: dict[str, Callable[[Tensor], Tensor]] = {
     "has no running statistics, and so takes those of the batch": nn.BatchNorm2d(6, track_running_stats=False),
     "pads by a size that is computed": lambda x: F.pad(x, x.shape[2:]),
     "takes a part of the tensor": lambda x: x[:, 1:],
+    "is not known here for parts of different sizes": lambda x: x.chunk(4, 1)[0],
     "is not known here": lambda x: torch.cat(x.chunk(2, 1), 1),
 }
 

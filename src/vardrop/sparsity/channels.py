@@ -149,6 +149,37 @@ class Blocks(Rule):
         return changed
 
 
+class Parts(Rule):
+    """Equal parts of the channels of a tensor: channel c of the output depends on channels c of some of the parts.
+
+    Args:
+        node: the call.
+        source: facts of the input.
+        dim: the axis of channels of the output.
+        parts: how many there are; what stays of one stays of all, so that they stay equal.
+        read: those that the output depends on.
+        constant: which channels of the output are constants.
+        value: of these.
+    """
+
+    def __init__(
+        self, node: Node, source: Channels, dim: int, parts: int, read: Sequence[int], constant: Tensor, value: Tensor
+    ) -> None:
+        super().__init__(node, [source])
+        self.source, self.parts, self.read = source, parts, list(read)
+        self.out: Channels = Channels(node, dim, constant, torch.where(constant, value, 0.0))
+
+    def backward(self) -> None:
+        self.source.needed.view(self.parts, -1)[self.read] |= self.out.needed & ~self.out.constant
+
+    def couple(self) -> bool:
+        keep = self.source.keep.view(self.parts, -1).any(0) | self.out.keep
+        changed = bool((keep & ~self.out.keep).any() or (keep.repeat(self.parts) & ~self.source.keep).any())
+        self.source.stay(keep.repeat(self.parts), [self.out, self.source])
+        self.out.stay(keep, [self.source])
+        return changed
+
+
 class Mix(Rule):
     """A linear layer: every channel of the output is a sum over those of the input, with weights, plus a bias.
 

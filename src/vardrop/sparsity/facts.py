@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from vardrop.sparsity.channels import Blocks, Channels, Each, Rule
+from vardrop.sparsity.channels import Blocks, Channels, Each, Parts, Rule
 from vardrop.sparsity.stream import Own
 
 
@@ -22,9 +22,19 @@ def name_of(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
-_SAME_MEMORY = frozenset(
-    "view view_as reshape flatten unflatten permute transpose t squeeze unsqueeze contiguous getitem detach".split()
-)
+_SAME_MEMORY = {
+    "view",
+    "view_as",
+    "reshape",
+    "flatten",
+    "unflatten",
+    "permute",
+    "transpose",
+    "t",
+    "squeeze",
+    "unsqueeze",
+}
+_SAME_MEMORY |= {"contiguous", "getitem", "chunk", "detach"}
 
 
 def _aliases(node: Any) -> list[fx.Node]:
@@ -50,6 +60,7 @@ class Facts:
         self.modules, self.fixed = modules, fixed
         self.facts: dict[fx.Node, Channels] = {}
         self.flattens: list[fx.Node] = []  # whose sizes are numbers in the code
+        self.chunked: dict[fx.Node, tuple[Channels, int]] = {}  # calls of chunk: of what, and how many
         self.attended: dict[fx.Node, Any] = {}  # calls of attention, and what their rules need
         self.own: dict[fx.Node, Own] = {}  # parameters and buffers that are joined with tensors
 
@@ -114,6 +125,14 @@ class Facts:
             raise Unknown("works along the channels")
         constant = channels.constant & value.isfinite()
         return Each(node, [channels], dim, constant, torch.where(constant, value, 0.0))
+
+    def _gate(self, node: fx.Node, source: Any, dim: int) -> Rule:
+        """One half of the channels times the sigmoid of the other."""
+        axes = len(source.meta["shape"])
+        channels = self.channels(source, dim % axes)
+        (value, gate), (still, gate_still) = (x.view(2, -1) for x in (channels.value, channels.constant))
+        constant = (still & gate_still) | (still & (value == 0))
+        return Parts(node, channels, channels.dim, 2, (0, 1), constant, value * gate.sigmoid())
 
     def _average(self, node: fx.Node, source: Any, padding: Any, counted: bool) -> Rule:
         rule = self._each(node, source, lambda value: value)

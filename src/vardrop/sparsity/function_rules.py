@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from vardrop.sparsity.channels import Blocks, Each, Rule
+from vardrop.sparsity.channels import Blocks, Each, Parts, Rule
 from vardrop.sparsity.facts import Facts, Unknown, name_of
 from vardrop.sparsity.stream import Attend
 
@@ -36,6 +36,10 @@ class FunctionRules(Facts):
         name, first = name_of(node), node.args[0] if node.args else None
         if name == "getattr" or name in ("size", "dim"):
             return self._size(node, name)
+        if name == "chunk":
+            return self._chunk(node)
+        if name == "getitem" and isinstance(first, fx.Node) and first in self.chunked:
+            return self._part(node, first)
         if "shape" not in node.meta:
             if name == "getitem" and first not in self.facts:
                 return Rule(node, [])
@@ -55,8 +59,10 @@ class FunctionRules(Facts):
             return self._view(node, name)
         if name in ("cat", "concat", "concatenate"):
             return self._cat(node)
+        if name == "glu":
+            return self._gate(node, first, _given(node, "dim").get("dim", -1))
         if name == "pad":
-            given: dict[str, Any] = dict(zip(("pad", "mode", "value"), node.args[1:], strict=False)) | node.kwargs
+            given = _given(node, "pad", "mode", "value")
             edge = (given.get("value") or 0.0) if given.get("mode", "constant") == "constant" else None
             return self._pad(node, given.get("pad"), edge)
         if others:
@@ -65,7 +71,7 @@ class FunctionRules(Facts):
         if name in _SAME_NAMES and not node.kwargs.get("return_indices"):
             return self._each(node, first, lambda value: value)
         if name.startswith("avg_pool"):
-            given = dict(zip(("padding", "ceil_mode", "count_include_pad"), node.args[3:], strict=False)) | node.kwargs
+            given = _given(node, "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
             return self._average(node, first, given.get("padding", 0), bool(given.get("count_include_pad", True)))
         if name in _ELEMENTWISE:
             return self._each(node, first, lambda value: _call(node, value))
@@ -138,7 +144,7 @@ class FunctionRules(Facts):
         source: Any = node.args[0]
         sizes: list[Any] = list(node.args[1:])
         if name == "flatten":
-            given = dict(zip(("start_dim", "end_dim"), sizes, strict=False)) | node.kwargs
+            given = _given(node, "start_dim", "end_dim")
             if given.get("start_dim", 0) != 1 or given.get("end_dim", -1) != -1:
                 raise Unknown("flattens other axes than those after the first")
             return self._flatten(node, source)
@@ -199,10 +205,35 @@ class FunctionRules(Facts):
                 after.append(axis)
         return after + list(rest)
 
+    def _chunk(self, node: fx.Node) -> Rule:
+        """Into a tuple of parts; a rule is made when one is taken from it."""
+        source: Any = node.args[0]
+        given = _given(node, "chunks", "dim")
+        parts, dim = given.get("chunks"), given.get("dim", 0)
+        if source not in self.facts:
+            return Rule(node, [])
+        channels, axes = self.facts[source], len(source.meta["shape"])
+        if any(name_of(user) != "getitem" or not isinstance(user.args[1], int) for user in node.users):
+            raise Unknown("is not known here")
+        if (
+            not isinstance(parts, int)
+            or not isinstance(dim, int)
+            or (dim % axes == channels.dim and channels.size % parts)
+        ):
+            raise Unknown("is not known here for parts of different sizes")
+        self.chunked[node] = channels, parts if dim % axes == channels.dim else 1
+        return Rule(node, [])
+
+    def _part(self, node: fx.Node, chunk: fx.Node) -> Rule:
+        channels, parts = self.chunked[chunk]
+        place: Any = node.args[1] if parts > 1 else 0
+        constant, value = (x.view(parts, -1)[place] for x in (channels.constant, channels.value))
+        return Parts(node, channels, channels.dim, parts, [place], constant, value)
+
     def _mean(self, node: fx.Node) -> Rule:
         """Over positions."""
         source = node.args[0]
-        given: dict[str, Any] = dict(zip(("dim", "keepdim"), node.args[1:], strict=False)) | node.kwargs
+        given = _given(node, "dim", "keepdim")
         dims = given.get("dim")
         dims = [dims] if isinstance(dims, int) else dims
         if not isinstance(source, fx.Node) or source not in self.facts:
@@ -215,6 +246,11 @@ class FunctionRules(Facts):
             raise Unknown("is taken over the channels")
         after = rank if given.get("keepdim") else rank - sum(axis < rank for axis in gone)
         return self._each(node, source, lambda value: value, after)
+
+
+def _given(node: fx.Node, *names: str) -> dict[str, Any]:
+    """The arguments of a call behind its first, by name."""
+    return dict(zip(names, node.args[1:], strict=False)) | node.kwargs
 
 
 def _call(node: fx.Node, value: Tensor) -> Tensor:

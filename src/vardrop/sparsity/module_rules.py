@@ -71,6 +71,8 @@ class ModuleRules(Facts):
         if kind in _AVERAGES:
             self._check_positions(node, kind.__name__)
             return self._average(node, source, module.padding, module.count_include_pad)
+        if kind is nn.GLU:
+            return self._gate(node, source, module.dim)
         if kind in _PADS:
             return self._pad(node, module.padding, getattr(module, "value", None))
         if kind in (nn.LayerNorm, nn.RMSNorm):
