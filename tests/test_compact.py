@@ -325,6 +325,33 @@ def test_nothing_of_the_tracing_stays_in_the_modules() -> None:
     copy.deepcopy(small)
 
 
+class Asking(nn.Module):
+    """Its code asks of what kind its input is, for which a symbol has another answer."""
+
+    def __init__(self, otherwise: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self.otherwise = nn.Linear(4, 6), nn.Linear(6, 3), otherwise
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if isinstance(x, Tensor) else self.otherwise(x)
+        return self.second(self.first(x).relu())
+
+
+@pytest.mark.parametrize(
+    ("otherwise", "words"),
+    [
+        (lambda x: x * 2, "computes something else as torch.fx traced it: its code asks what kind of input it gets"),
+        (lambda x: x["nothing"], r"does not run as torch.fx traced it \(.*\)"),
+    ],
+)
+def test_code_that_asks_for_the_kind_of_its_input_stays(otherwise: Callable[[Tensor], Tensor], words: str) -> None:
+    model = zeroed(Asking(otherwise), 0.5)
+    small = vd.compact(model, torch.randn(2, 4, dtype=torch.float64))
+    assert_same(model, small, 4)
+    with pytest.raises(AssertionError, match=f"^{words}$"):
+        raise AssertionError(small.compaction.left["Asking"])
+
+
 @pytest.mark.parametrize("kind", ["chunk", "glu"])
 def test_hidden_units_of_a_gate_go_where_both_halves_may(kind: str) -> None:
     class Gated(nn.Module):

@@ -20,7 +20,7 @@ from vardrop.sparsity.layout import channels_last
 from vardrop.sparsity.norms import smaller_norm
 from vardrop.sparsity.rebuild import cut_own, kept_of, note_kept, replace, smaller, why_left, why_whole
 from vardrop.sparsity.rules import Reader
-from vardrop.sparsity.same import check_same, multiply_adds
+from vardrop.sparsity.same import check_same, difference, multiply_adds
 from vardrop.sparsity.spelled import spell_back, spell_out
 from vardrop.sparsity.stream import Attend, Norm, Own
 from vardrop.sparsity.tracing import (
@@ -250,7 +250,12 @@ def compact_part(
         with torch.no_grad():
             Shapes(graph_module).run(*inputs)
     except Exception as error:
-        report.left[shown] = f"does not run as torch.fx traced it ({error})"
+        first_line, *_ = str(error).splitlines() or [type(error).__name__]
+        report.left[shown] = f"does not run as torch.fx traced it ({first_line})"
+        return module
+    off, allowed = difference(module, graph_module, inputs)
+    if off > allowed:
+        report.left[shown] = "computes something else as torch.fx traced it: its code asks what kind of input it gets"
         return module
     modules = dict(module.named_modules(remove_duplicate=False))
     reader = Reader(graph, modules, fixed_paths(graph, modules, fixed))

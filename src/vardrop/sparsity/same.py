@@ -46,7 +46,7 @@ def _twice(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(torch.cat([x, x]) if isinstance(x, Tensor) and x.ndim else x for x in inputs)
 
 
-def _difference(dense: nn.Module, small: nn.Module, inputs: tuple[Any, ...]) -> tuple[float, float]:
+def difference(dense: nn.Module, small: nn.Module, inputs: tuple[Any, ...]) -> tuple[float, float]:
     """The largest difference of outputs, relative to their largest entry, and what rounding may do."""
     with torch.no_grad():
         wanted, got = list(tensors(dense(*inputs))), list(tensors(small(*inputs)))
@@ -75,7 +75,7 @@ def check_same(dense: nn.Module, small: nn.Module, inputs: tuple[Any, ...]) -> N
         pass
     for trial in trials:
         try:
-            worst, allowed = _difference(dense, small, trial)
+            worst, allowed = difference(dense, small, trial)
         except Exception as error:
             raise RuntimeError(
                 f"vardrop.compact: the smaller network must run where the model does, got {error}; please report the "
