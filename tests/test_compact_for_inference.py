@@ -428,6 +428,22 @@ def test_convolutions_have_their_channels_last() -> None:
     assert plain[3].weight.is_contiguous()
 
 
+def test_kernels_of_three_dimensions_keep_their_order() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.flat, self.deep, self.last = nn.Conv2d(2, 4, 3), nn.Conv3d(1, 2, 3), nn.Linear(2, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.deep(self.flat(x).unsqueeze(1)).mean((2, 3, 4)))
+
+    model = Both().double().eval()
+    x = torch.randn(2, 2, 6, 6, dtype=torch.float64)
+    small = vd.compact(model, x, for_inference=True)
+    torch.testing.assert_close(small(x), model(x))
+    assert small.compaction.changed["memory"] == ("channels first", "channels last")
+
+
 def test_what_has_channels_last_is_written_and_read(tmp_path: Any) -> None:
     runtime = pytest.importorskip("onnxruntime")
     model, x = lenet().float(), torch.randn(2, 1, 28, 28)

@@ -41,5 +41,6 @@ def channels_last(model: nn.Module, inputs: Inputs) -> str | None:
     with torch.no_grad():
         if any(output.ndim == 4 for output in tensors(model(*inputs))):
             return "its outputs are maps, and what reads them may depend on the order in memory"
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for module in convolutions:  # not the model, which may have tensors of five axes too
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return None
