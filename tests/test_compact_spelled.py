@@ -164,9 +164,8 @@ def test_sizes_are_told_and_a_smaller_norm_learns_its_statistics() -> None:
     left = small[1].num_features
     assert left < 8
     assert small[1].running_mean.shape == small[1].weight.shape == (left,)
-    assert (
-        small.compaction.changed["1"] == ("BatchNorm2d(8)", f"BatchNorm2d({left})") or "1" in small.compaction.changed
-    )
+    told = [text.partition(",")[0] for text in small.compaction.changed["1"]]
+    assert told == ["BatchNorm2d(8", f"BatchNorm2d({left}"]
     before = small[1].running_mean.clone()
     small.train()(torch.randn(4, *IMAGE, dtype=torch.float64))
     assert not torch.equal(small[1].running_mean, before)

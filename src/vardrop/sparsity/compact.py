@@ -74,14 +74,16 @@ def compact(
     """Take dead units out of a sparse network: a smaller, plain module with the same function in evaluation.
 
     Neurons, channels and attention heads go that nothing reads, or that are constants; the constants are folded into
-    the biases behind them. This goes through Linear, convolutions, norms, activations, pooling, flatten, dropout, sums
-    and concatenation, attention, and residual streams, whose constants stay as numbers in the statistics of layer and
-    group norms. Whatever else there is keeps all of its channels, and ``compaction.left`` of the result says what that
-    cost. The outputs are compared with the model's, on the example and on random inputs, before anything is returned.
+    the biases behind them. This goes through Linear, convolutions, norms, classes that inherit from these and call
+    torch's functions themselves, activations, pooling, padding, flatten, dropout, sums, equal parts and concatenation,
+    attention, and residual streams, whose constants stay as numbers in the statistics of layer and group norms.
+    Whatever else there is keeps all of its channels, and ``compaction.left`` of the result says what that cost. The
+    outputs are compared with the model's, on the example and on random inputs, before anything is returned.
 
     The network is traced by ``torch.fx``. Parts whose code cannot be traced stay as they are, and what is inside of
     them is treated on its own. The model's own class is kept, unless sizes are written into its code
-    (``x.view(-1, 800)``): then a ``torch.fx.GraphModule`` is returned, without the dropout of functions.
+    (``x.view(-1, 800)``): then a ``torch.fx.GraphModule`` is returned, without the dropout of functions. Layers
+    that inherit from torch's keep their class too, unless their norm has to count constants that have gone.
 
     Args:
         model: a module that :func:`vardrop.sparsify_` has been at, converted or restored; it is not changed.

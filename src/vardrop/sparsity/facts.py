@@ -22,18 +22,7 @@ def name_of(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
-_SAME_MEMORY = {
-    "view",
-    "view_as",
-    "reshape",
-    "flatten",
-    "unflatten",
-    "permute",
-    "transpose",
-    "t",
-    "squeeze",
-    "unsqueeze",
-}
+_SAME_MEMORY = set("view view_as reshape flatten unflatten permute transpose t squeeze unsqueeze".split())
 _SAME_MEMORY |= {"contiguous", "getitem", "chunk", "detach"}
 
 
