@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from vardrop.reproduce import unfinished
 from vardrop.reproduce.experiment import Experiment
 
 
@@ -36,3 +37,27 @@ def count(cells=4, alone=False, each=(), **every) -> Experiment:
     """An experiment of a few cells; ``each`` adds entries to some of them."""
     configs = [{"i": i, "seed": i, **every, **dict(each).get(i, {})} for i in range(cells)]
     return Experiment("count", "Numbers.", lambda scale: configs, run_cell, alone=alone)
+
+
+class Stopped(BaseException):
+    """What no code of ours catches, as a kill."""
+
+
+def run_long_cell(config):
+    """Four random numbers that are kept one by one; a file makes it stop, once, after two of them."""
+    torch.manual_seed(config["seed"])
+    rows = (unfinished.found() or {"rows": []})["rows"]
+    stop = Path(config["stop"])
+    while len(rows) < 4:
+        rows.append({"i": len(rows), "x": torch.rand(()).item()})
+        unfinished.keep({"rows": rows})
+        if stop.exists() and len(rows) == 2:
+            stop.unlink()
+            raise Stopped
+    return rows
+
+
+def long(stop: Path) -> Experiment:
+    """Two cells of it."""
+    configs = [{"seed": seed, "stop": str(stop / str(seed))} for seed in range(2)]
+    return Experiment("long", "Numbers.", lambda scale: configs, run_long_cell)

@@ -16,6 +16,7 @@ from vardrop.reproduce import claims as claiming
 from vardrop.reproduce import report as reporting
 from vardrop.reproduce import results as reading
 from vardrop.reproduce import run as running
+from vardrop.reproduce import unfinished
 from vardrop.reproduce.engines import LOCAL
 from vardrop.reproduce.experiment import SCALES
 from vardrop.reproduce.experiments import EXPERIMENTS, chosen
@@ -75,8 +76,8 @@ def run(
 ) -> None:
     """Run the cells of an experiment that have no result yet, several at once.
 
-    Killed or stopped, the same command goes on with the cells that are left. Cells that measure time run by themselves,
-    before the others.
+    Killed or stopped, the same command goes on with the cells that are left; those of the sparse LeNets, which take
+    hours, go on where they were. Cells that measure time run by themselves, before the others.
     """
     experiments = chosen(name)
     todo, done = running.pending(experiments, scale, results, damaged_ok=again)
@@ -86,6 +87,9 @@ def run(
     console = Console(stderr=True)
     if done:
         console.print(f"{len(done)} cells are finished already")
+    begun = sum(unfinished.place(cell, results).exists() for cell in todo)
+    if begun:
+        console.print(f"{begun} of those that are left have begun before, and go on where they were")
     tally = Tally(EXPERIMENTS, todo, [reading.read(cell.path(results)) for cell in done], plan)
     failed = []
     try:

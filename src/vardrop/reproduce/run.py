@@ -8,11 +8,12 @@ import time
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import vardrop
-from vardrop.reproduce import results
+from vardrop.reproduce import results, unfinished
 from vardrop.reproduce.experiment import Cell, Experiment
 
 _PACKAGES = ("vardrop", "torch", "numpy", "scipy", "mpmath", "lightning-fabric", "scikit-learn")
@@ -43,8 +44,13 @@ def pending(
     return todo, done
 
 
-def compute(experiment: Experiment, cell: Cell) -> results.Result:
+def compute(experiment: Experiment, cell: Cell, state: Path | None = None) -> results.Result:
     """Run one cell.
+
+    Args:
+        experiment: the cell's.
+        cell: what to run.
+        state: a file for what it has done so far, if it takes long: with one there, it goes on from it.
 
     Raises:
         ValueError: at scale gpu on a machine without one.
@@ -53,18 +59,21 @@ def compute(experiment: Experiment, cell: Cell) -> results.Result:
         raise ValueError(
             "vardrop.reproduce: scale gpu must have a CUDA device, got a machine without one; use --scale cpu"
         )
+    device = device_name("cuda" if cell.scale == "gpu" else "cpu")
+    made_by: dict[str, Any] = {
+        "versions": versions(), "commit": commit(), "device": device, "threads": torch.get_num_threads()
+    }  # fmt: skip
     start = time.perf_counter()
-    rows = experiment.run_cell(cell.config)
+    with unfinished.kept_at(state, made_by):
+        rows = experiment.run_cell(cell.config)
+        seconds = unfinished.before() + time.perf_counter() - start
     return results.Result(
         experiment=cell.experiment,
         scale=cell.scale,
         config=cell.config,
         seed=cell.config.get("seed"),
-        versions=versions(),
-        commit=commit(),
-        device=device_name("cuda" if cell.scale == "gpu" else "cpu"),
-        threads=torch.get_num_threads(),
-        seconds=round(time.perf_counter() - start, 3),
+        **made_by,
+        seconds=round(seconds, 3),
         rows=rows,
     )
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vardrop.reproduce import results, run
+from vardrop.reproduce import results, run, unfinished
 from vardrop.reproduce.engines import LOCAL, engine
 from vardrop.reproduce.experiment import Cell, Experiment
 from vardrop.reproduce.failures import Failure
@@ -120,11 +120,14 @@ def sweep(
     """
     alone, beside = split(experiments, cells, plan)
     for cell in alone:
-        yield _kept(attempt(experiments[cell.experiment], cell), root)
+        yield _kept(attempt(experiments[cell.experiment], cell, state=unfinished.place(cell, root)), root)
     if beside:
         with tempfile.TemporaryDirectory(prefix="vardrop-sweep-") as places:
             home = Home(os.getpid(), Path(places)) if plan.backend == LOCAL else None
-            tasks = [(experiments[cell.experiment], cell, plan.threads, home) for cell in beside]
+            tasks = [
+                (experiments[cell.experiment], cell, plan.threads, home, unfinished.place(cell, root) if home else None)
+                for cell in beside
+            ]
             with contextlib.closing(_outcomes(tasks, plan)) as outcomes:
                 for outcome in outcomes:
                     yield _kept(outcome, root)
@@ -155,7 +158,13 @@ def _outcomes(tasks: Sequence[tuple[Any, ...]], plan: Plan) -> Generator[Outcome
                 ) from error
 
 
-def attempt(experiment: Experiment, cell: Cell, threads: int | None = None, home: Home | None = None) -> Outcome:
+def attempt(
+    experiment: Experiment,
+    cell: Cell,
+    threads: int | None = None,
+    home: Home | None = None,
+    state: Path | None = None,
+) -> Outcome:
     """Run a cell in this process, whatever comes of it.
 
     Args:
@@ -163,12 +172,13 @@ def attempt(experiment: Experiment, cell: Cell, threads: int | None = None, home
         cell: what to run.
         threads: that torch computes with meanwhile; None for as many as now.
         home: where the sweep is, if it is on this machine.
+        state: a file for what an unfinished cell has done, if this machine has the results' folder.
     """
     if home is not None:
         _end_with(home.process)
     with _ONE_AT_A_TIME, _with_threads(threads), _on_device(cell, home):
         try:
-            return Outcome(cell, run.compute(experiment, cell))
+            return Outcome(cell, run.compute(experiment, cell, state))
         except Exception as error:
             return Outcome(cell, failure=Failure.of(error))
 
@@ -178,6 +188,7 @@ def _kept(outcome: Outcome, root: Path) -> Outcome:
     if outcome.result is not None:
         try:
             results.write(outcome.result, outcome.cell.path(root))
+            unfinished.place(outcome.cell, root).unlink(missing_ok=True)
         except TypeError as error:  # rows that cannot be written
             return Outcome(outcome.cell, failure=Failure.of(error))
     return outcome

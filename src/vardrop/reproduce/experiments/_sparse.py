@@ -21,8 +21,18 @@ from torch import Tensor, nn
 import vardrop as vd
 from vardrop.data import load
 from vardrop.models import build
+from vardrop.reproduce import unfinished
 from vardrop.reproduce.experiment import Config, Experiment, Row
-from vardrop.reproduce.experiments._sparse_training import THRESHOLD, Recipe, Soft, error, fit, said, train
+from vardrop.reproduce.experiments._sparse_training import (
+    THRESHOLD,
+    Recipe,
+    Soft,
+    Unfinished,
+    error,
+    fit,
+    said,
+    train,
+)  # fmt: skip
 from vardrop.sparsity.same import multiply_adds
 from vardrop.weights.modules import noisy_weights
 
@@ -79,12 +89,14 @@ def run_cell(config: Config) -> list[Row]:
     data = load(config["data"])
     x, test_x = (enlarged(part, config["enlarge"]) for part in (data.train_x[: config["train"]], data.test_x))
     y, test_y = data.train_y[: config["train"]], data.test_y
-    began = time.perf_counter()
     rows: list[Row] = []
+    curve: list[Row] = []
     net = build(config["model"], tuple(x.shape[1:]), data.outputs)
     total = sum(weights_left(net))
     dense_bytes = 4 * sum(p.numel() for p in net.parameters())
     example = x[:2]
+    state = unfinished.found()
+    began = time.perf_counter() - unfinished.before()
 
     def record(stage: str, net: nn.Module, target: float | None = None, **more: Any) -> None:
         left = weights_left(net)
@@ -94,10 +106,12 @@ def run_cell(config: Config) -> list[Row]:
             **more, "seconds": round(time.perf_counter() - began, 1),
         })  # fmt: skip
 
-    fit(net, x, y, recipe.dense, recipe.lr, config["seed"])
-    work = multiply_adds(net, (x[:1],))
-    record("dense", net, bytes=dense_bytes, parameters=dense_bytes // 4, multiply_adds=work)
-    curve: list[Row] = []
+    if state is None:
+        fit(net, x, y, recipe.dense, recipe.lr, config["seed"])
+        work = multiply_adds(net, (x[:1],))
+        record("dense", net, bytes=dense_bytes, parameters=dense_bytes // 4, multiply_adds=work)
+    else:
+        rows, curve = state["rows"], state["curve"]
 
     def watch(epoch: int, net: nn.Module) -> None:
         if epoch % max(1, recipe.epochs // 20) == 0:
@@ -114,7 +128,11 @@ def run_cell(config: Config) -> list[Row]:
                 }
             )
 
-    noisy = train(net, x, y, recipe, config["seed"], watch)
+    def keep(so_far: Unfinished) -> None:
+        unfinished.keep({**so_far.state(), "rows": rows, "curve": curve})
+
+    start = None if state is None else Unfinished.of(state)
+    noisy = train(net, x, y, recipe, config["seed"], watch, keep, start)
     pruned = copy.deepcopy(noisy)
     vd.sparsify_(pruned, threshold=THRESHOLD, allow_empty=True)
     record("log alpha > 3", pruned.eval())

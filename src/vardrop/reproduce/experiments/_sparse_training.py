@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import vardrop as vd
+from vardrop.pruning.architecture import describe, rebuild
+from vardrop.sparsity.compact import plain_copy
 from vardrop.training.averaging import Averages
 from vardrop.weights.modules import RandomWeights, noisy_weights
 
@@ -136,6 +138,27 @@ def shrink(net: nn.Module, example: Tensor) -> nn.Module:
     return small
 
 
+class Unfinished(NamedTuple):
+    """A training that is not over, after so many epochs, where a new optimiser begins."""
+
+    epoch: int
+    net: nn.Module
+    order: Tensor  # the state of the generator that shuffles
+
+    def state(self) -> dict[str, Any]:
+        """As tensors and JSON."""
+        network = describe(plain_copy(self.net))
+        return {"epoch": self.epoch, "network": network, "weights": self.net.state_dict(), "order": self.order}
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> Unfinished:
+        """Back again."""
+        net = rebuild(state["network"])
+        vd.convert_(net, POSTERIOR)
+        net.load_state_dict(state["weights"])
+        return cls(state["epoch"], net, state["order"])
+
+
 def train(
     net: nn.Module,
     x: Tensor,
@@ -143,17 +166,25 @@ def train(
     recipe: Recipe,
     seed: int,
     watch: Callable[[int, nn.Module], None] = lambda epoch, net: None,
+    keep: Callable[[Unfinished], None] = lambda unfinished: None,
+    start: Unfinished | None = None,
 ) -> nn.Module:
     """Train a plain network with sparse variational dropout; gives the converted one, without its dead units.
 
-    ``watch`` is called after every epoch. Where units are taken out Adam's moments begin anew.
+    ``watch`` is called after every epoch. Where units are taken out Adam's moments begin anew: there ``keep`` is called
+    too, with what ``start`` takes to go on from there.
     """
-    vd.convert_(net, POSTERIOR)
+    if start is not None:
+        net = start.net
+    else:
+        vd.convert_(net, POSTERIOR)
     order = torch.Generator().manual_seed(seed)
+    if start is not None:
+        order.set_state(start.order)
     steps = math.ceil(len(x) / recipe.batch)
     net.train()
     adam = torch.optim.Adam(net.parameters(), fused=True)
-    for epoch in range(recipe.epochs):
+    for epoch in range(start.epoch if start else 0, recipe.epochs):
         elbo = vd.ELBO(net, len(x), warmup=recipe.warmup * steps)
         elbo.load_state_dict({"step": epoch * steps})
         for step, rows in enumerate(torch.randperm(len(x), generator=order).split(recipe.batch)):
@@ -163,8 +194,11 @@ def train(
             adam.zero_grad()
             loss.backward()
             adam.step()
-        if (epoch + 1) % recipe.shrink == 0 and epoch + 1 < recipe.epochs:
+        fresh = (epoch + 1) % recipe.shrink == 0 and epoch + 1 < recipe.epochs
+        if fresh:
             net = shrink(net, x[:2])
             adam = torch.optim.Adam(net.parameters(), fused=True)
         watch(epoch + 1, net)
+        if fresh or epoch + 1 == recipe.epochs:
+            keep(Unfinished(epoch + 1, net, order.get_state()))
     return net
