@@ -55,7 +55,7 @@ def test_the_command_says_that_a_cell_goes_on(tmp_path: Path, monkeypatch: pytes
     said = CliRunner().invoke(app, ["reproduce", "run", "long", "--results", str(root), "--jobs", "1"])
     assert said.exit_code == 0, said.output
     assert "1 cells are finished already" in said.output
-    assert "1 of those that are left have begun before, and go on where they were" in said.output
+    assert "1 of the others have begun before, and go on if by the same code" in said.output
     assert len(results.read_all(root)) == 2
 
 
@@ -67,7 +67,7 @@ def test_what_something_else_has_computed_is_not_gone_on_with(tmp_path: Path, ma
     with unfinished.kept_at(tmp_path / "state", MADE_BY):
         unfinished.keep({"a": 1})
         assert unfinished.found() == {"a": 1}
-    told = f"must go on as it began, got .*state of another {words}; it begins anew"
+    told = f"must go on as it began, got .*state of another {words}; it begins anew, .* stop it now and go back"
     with unfinished.kept_at(tmp_path / "state", {**MADE_BY, **made_by}):
         with pytest.warns(UserWarning, match=told):
             assert unfinished.found() is None

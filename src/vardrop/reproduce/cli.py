@@ -89,7 +89,7 @@ def run(
         console.print(f"{len(done)} cells are finished already")
     begun = sum(unfinished.place(cell, results).exists() for cell in todo)
     if begun:
-        console.print(f"{begun} of those that are left have begun before, and go on where they were")
+        console.print(f"{begun} of the others have begun before, and go on if by the same code")
     tally = Tally(EXPERIMENTS, todo, [reading.read(cell.path(results)) for cell in done], plan)
     failed = []
     try:

@@ -28,7 +28,8 @@ class Experiment:
         name: as on the command line.
         summary: what it shows, in a sentence.
         cells: scale -> the configurations to run, each by itself, so that a long experiment can be resumed.
-        run_cell: configuration -> rows. A row carries every column that a claim selects it by.
+        run_cell: configuration -> rows. A row carries every column that a claim selects it by. One that takes hours
+            keeps what it has done with :mod:`vardrop.reproduce.unfinished`.
         summarise: results -> further rows, computed from JSON when it is read, such as means over seeds.
         figure: results and the claims about them -> a figure.
         figure_only: values of the column ``table`` whose rows are for the figure, too many to print.

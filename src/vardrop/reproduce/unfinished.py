@@ -68,7 +68,8 @@ def found() -> State | None:
     other = [name for name in here.made_by if made_by.get(name) != here.made_by[name]]
     if other:
         _say(
-            f"an unfinished cell must go on as it began, got {here.path} of another {', '.join(other)}; it begins anew"
+            f"an unfinished cell must go on as it began, got {here.path} of another {', '.join(other)}; it begins "
+            "anew, and replaces that file in a while: to go on with it, stop it now and go back"
         )
         return None
     here.before = before

@@ -32,7 +32,7 @@ from vardrop.reproduce.experiments._sparse_training import (
     fit,
     said,
     train,
-)  # fmt: skip
+)
 from vardrop.sparsity.same import multiply_adds
 from vardrop.weights.modules import noisy_weights
 

@@ -174,17 +174,16 @@ def train(
     ``watch`` is called after every epoch. Where units are taken out Adam's moments begin anew: there ``keep`` is called
     too, with what ``start`` takes to go on from there.
     """
-    if start is not None:
-        net = start.net
-    else:
-        vd.convert_(net, POSTERIOR)
     order = torch.Generator().manual_seed(seed)
-    if start is not None:
-        order.set_state(start.order)
+    if start is None:
+        vd.convert_(net, POSTERIOR)
+        start = Unfinished(0, net, order.get_state())
+    net = start.net
+    order.set_state(start.order)
     steps = math.ceil(len(x) / recipe.batch)
     net.train()
     adam = torch.optim.Adam(net.parameters(), fused=True)
-    for epoch in range(start.epoch if start else 0, recipe.epochs):
+    for epoch in range(start.epoch, recipe.epochs):
         elbo = vd.ELBO(net, len(x), warmup=recipe.warmup * steps)
         elbo.load_state_dict({"step": epoch * steps})
         for step, rows in enumerate(torch.randperm(len(x), generator=order).split(recipe.batch)):
