@@ -200,7 +200,7 @@ def figure(results: list[Result], published: Sequence[tuple[str, float, float]])
     axes.scatter([p[2] for p in published], [p[1] for p in published], color="black", marker="x", label="published")
     for name, wrong, ratio in published:
         axes.annotate(name, (ratio, wrong), xytext=(4, 4), textcoords="offset points", fontsize=8)
-    axes.margins(x=0.12)  # room for the names
+    axes.margins(x=0.18)  # room for the names
     axes.set(xscale="log", xlabel="weights of the dense network / weights left", ylabel="test error, %")
     axes.legend(fontsize=8)
     return chart
