@@ -188,18 +188,22 @@ def figure(results: list[Result], published: Sequence[tuple[str, float, float]])
     axes = chart.add_subplot()
     means = summarise(results)
     marks = {"dense": "*", "log alpha > 3": "D", "fine-tuned": "o", "distilled": "^", "in the file": "s"}
-    for stage, marker in marks.items():
+    for number, (stage, marker) in enumerate(marks.items()):
         here = [row for row in means if row["stage"] == stage]
         if not here:
             continue
         axes.errorbar(
             [row["ratio"] for row in here], [row["error"] for row in here],
             [row["error_std"] or 0.0 for row in here], marker=marker, capsize=3, label=f"ours, {stage}",
-            linestyle="-" if len(here) > 1 else "",
+            linestyle="-" if len(here) > 1 else "", color=f"C{number}",
         )  # fmt: skip
     axes.scatter([p[2] for p in published], [p[1] for p in published], color="black", marker="x", label="published")
-    for name, wrong, ratio in published:
-        axes.annotate(name, (ratio, wrong), xytext=(4, 4), textcoords="offset points", fontsize=8)
+    for place, (name, wrong, ratio) in enumerate(sorted(published, key=lambda p: p[2])):
+        left = place < len(published) // 2  # so that names of near points go apart
+        axes.annotate(
+            name, (ratio, wrong), xytext=(-4 if left else 4, 4), textcoords="offset points", fontsize=8,
+            horizontalalignment="right" if left else "left",
+        )  # fmt: skip
     axes.margins(x=0.18)  # room for the names
     axes.set(xscale="log", xlabel="weights of the dense network / weights left", ylabel="test error, %")
     axes.legend(fontsize=8)
