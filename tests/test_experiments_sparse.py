@@ -11,6 +11,7 @@ from torch import nn
 import vardrop as vd
 from vardrop.models import build
 from vardrop.reproduce.experiments import EXPERIMENTS, _sparse, _sparse_training, sparse_cifar
+from vardrop.reproduce.results import Result
 from vardrop.weights.modules import noisy_weights
 
 RECIPE = _sparse_training.Recipe(dense=1, epochs=4, warmup=1, decay=0.5, shrink=2, finetune=1, batch=32)
@@ -109,6 +110,98 @@ def test_a_student_learns_what_the_teacher_says_on_average_and_not_the_labels(no
     assert _sparse_training.error(net, x, y) > 95
 
 
+def test_images_are_shifted_each_by_itself_and_zeros_come_in() -> None:
+    x = torch.zeros(900, 2, 5, 6)
+    x[:, 0, 2, 3], x[:, 1, 4, 5] = 1.0, 2.0
+    moved = _sparse_training.shifted(x, 1, torch.Generator().manual_seed(0))
+    assert moved.shape == x.shape
+    places = moved[:, 0].flatten(1).argmax(1)
+    counts = torch.bincount(places, minlength=30).view(5, 6)
+    assert counts.sum() == counts[1:4, 2:5].sum() == 900
+    assert (counts[1:4, 2:5] - 100).abs().max() < 5 * (900 * 8 / 81) ** 0.5  # nine places, alike
+    down, right = places // 6 - 2, places % 6 - 3
+    inside = (down <= 0) & (right <= 0)
+    torch.testing.assert_close(moved[:, 1].sum((1, 2)), torch.where(inside, 2.0, 0.0))
+    rows = inside.nonzero()[:, 0]
+    assert (moved[rows, 1, 4 + down[rows], 5 + right[rows]] == 2).all()  # all channels by the same
+
+
+def test_fitting_on_shifted_images_makes_a_network_care_less_where_they_are() -> None:
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randint(2, (256,), generator=generator)
+    x = torch.zeros(256, 1, 6, 6)
+    x[torch.arange(256), 0, 2 + y, 2 + y] = 1.0  # a point, at one of two places
+    x += 0.05 * torch.randn(x.shape, generator=generator)
+    wrong = []
+    for shift in (0, 1):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(36, 32), nn.ReLU(), nn.Linear(32, 2))
+        _sparse_training.fit(net, x, y, 60, 1e-2, seed=0, shift=shift)
+        other = torch.roll(x, (1, -1), (2, 3))  # where no point of the other class comes
+        wrong.append(_sparse_training.error(net, other, y))
+    assert wrong[1] < 5 < 20 < wrong[0]
+
+
+@pytest.mark.parametrize("shift", [0, 2])
+def test_training_with_noise_sees_moved_images_where_it_is_asked_to(shift: int) -> None:
+    x = torch.zeros(64, 1, 7, 7)
+    x[:, 0, 3, 3] = torch.arange(1.0, 65.0)  # every image has its own point, in the middle
+    seen = []
+    net = nn.Sequential(nn.Flatten(), nn.Linear(49, 2))
+    net.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    recipe = RECIPE._replace(epochs=3, shrink=9, shift=shift)
+    _sparse_training.train(net, x, torch.arange(64) % 2, recipe, seed=0)
+    images = torch.cat(seen).view(3, 64, 49)
+    assert all(torch.equal(epoch.amax(1).sort().values, torch.arange(1.0, 65.0)) for epoch in images)
+    places = {(int(place) // 7 - 3, int(place) % 7 - 3) for place in images.view(-1, 49).argmax(1)}
+    far = range(-shift, shift + 1)
+    assert places == {(down, right) for down in far for right in far}
+
+
+def test_log_variances_have_a_learning_rate_of_their_own() -> None:
+    x, y = digits(64)
+
+    def steps(noise_lr: float | None) -> tuple[float, float]:
+        torch.manual_seed(0)
+        net = build("mlp:8", (20,), 10)
+        means = [layer.weight.detach().clone() for layer in net if isinstance(layer, nn.Linear)]
+        recipe = RECIPE._replace(epochs=1, shrink=9, batch=64, noise_lr=noise_lr)  # one step, in which Adam goes by lr
+        weights = list(noisy_weights(_sparse_training.train(net, x, y, recipe, seed=0)))
+        mean = max((w.mean - m).abs().max().item() for w, m in zip(weights, means, strict=True))
+        return mean, max((w.noise + 8).abs().max().item() for w in weights)
+
+    assert steps(None) == pytest.approx((1e-3, 1e-3), rel=1e-2)
+    assert steps(4e-3) == pytest.approx((1e-3, 4e-3), rel=1e-2)
+
+
+def test_a_configuration_from_before_moved_images_keeps_its_key_and_its_recipe() -> None:
+    assert "shift" not in RECIPE.entries()
+    moved = RECIPE._replace(shift=2, noise_lr=4e-3, finetune_lr=2e-3)
+    assert moved.entries() == {**RECIPE.entries(), "shift": 2, "noise_lr": 4e-3, "finetune_lr": 2e-3}
+    for recipe in (RECIPE, moved):
+        assert _sparse_training.Recipe.of({**recipe.entries(), "model": "lenet-5"}) == recipe
+
+
+def test_means_are_of_one_kind_of_images_and_above_the_dense_network_of_the_same() -> None:
+    def result(seed: int, **shift: int) -> Result:
+        images = {"images": _sparse.images(shift["shift"])} if shift else {}  # results from before had no such column
+        here = 10.0 * shift.get("shift", 0)
+        rows = [
+            {**images, "stage": stage, "target": None, "seed": seed, "error": here + seed + more, "ratio": 1.0}
+            for stage, more in (("dense", 0.0), ("fine-tuned", 0.5))
+        ]
+        return Result("x", "cpu", {"seed": seed, **shift}, seed, {}, None, "here", 1, 1.0, rows)
+
+    means = _sparse.summarise([result(0), result(2), result(0, shift=2), result(1, shift=2)])
+    found = {(row["images"], row["stage"]): (row["seeds"], row["error"], row["above_dense"]) for row in means}
+    assert found == {
+        ("as they are", "dense"): (2, 1.0, 0.0),
+        ("as they are", "fine-tuned"): (2, 1.5, 0.5),
+        ("moved by up to 2 px", "dense"): (2, 20.5, 0.0),
+        ("moved by up to 2 px", "fine-tuned"): (2, 21.0, 0.5),
+    }
+
+
 def test_a_file_that_gives_back_something_else_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     net = nn.Linear(4, 2)
     assert _sparse.file_size(net) > 0
@@ -126,10 +219,10 @@ def test_magnitude_pruning_removes_the_smallest() -> None:
     assert after[after > 0].min() > before[after == 0].max()
 
 
-@pytest.mark.parametrize("name", ["sparse-lenet-300-100", "sparse-lenet-5"])
-def test_stages_of_a_cell(name: str) -> None:
+@pytest.mark.parametrize(("name", "which"), [("sparse-lenet-300-100", 0), ("sparse-lenet-5", 0), ("sparse-lenet-5", 1)])
+def test_stages_of_a_cell(name: str, which: int) -> None:
     experiment = EXPERIMENTS[name]
-    (config,) = experiment.cells("smoke")
+    config = experiment.cells("smoke")[which]
     rows = [row for row in experiment.run_cell(config) if row["stage"] != "epoch"]
     trained = ["fine-tuned", "distilled"] if "temperature" in config else ["fine-tuned"]
     stages = ["dense", "log alpha > 3", *[*trained, "in the file"] * len(config["ratios"])]

@@ -1,6 +1,6 @@
 """Training a network until most of its weights are noise, and again what is left of it: for experiments on sparsity.
 
-The recipe was chosen on 5,000 of the training images.
+The recipe was chosen on 5,000 of the training images, that for moved images on 10,000.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import vardrop as vd
 from vardrop.pruning.architecture import describe, rebuild
+from vardrop.reproduce.experiment import Config
 from vardrop.sparsity.compact import plain_copy
 from vardrop.training.averaging import Averages
 from vardrop.weights.modules import RandomWeights, noisy_weights
@@ -39,6 +40,10 @@ class Recipe(NamedTuple):
         finetune: without noise, at each of the sparsities, zeros kept.
         batch: examples, with noise.
         lr: of all of these.
+        noise_lr: of log variances, if it is another.
+        finetune_lr: of fine-tuning, if it is another.
+        shift: pixels, by up to which every image is moved up or down and left or right, anew in every epoch, in all
+            of these.
     """
 
     dense: int
@@ -49,6 +54,19 @@ class Recipe(NamedTuple):
     finetune: int
     batch: int = 128
     lr: float = 1e-3
+    noise_lr: float | None = None
+    finetune_lr: float | None = None
+    shift: int = 0
+
+    def entries(self) -> Config:
+        """For a configuration; what is younger than the first results is left out where it changes nothing."""
+        younger = {"noise_lr": None, "finetune_lr": None, "shift": 0}
+        return {name: value for name, value in self._asdict().items() if younger.get(name, ...) != value}
+
+    @classmethod
+    def of(cls, config: Config) -> Recipe:
+        """From a configuration, which has more in it."""
+        return cls(**{name: config[name] for name in cls._fields if name in config})
 
 
 def error(net: nn.Module, x: Tensor, y: Tensor) -> float:
@@ -59,6 +77,21 @@ def error(net: nn.Module, x: Tensor, y: Tensor) -> float:
         wrong = sum(int((net(a).argmax(1) != b).sum()) for a, b in zip(x.split(1000), y.split(1000), strict=True))
     net.train(training)
     return 100 * wrong / len(x)
+
+
+def shifted(x: Tensor, far: int, generator: torch.Generator) -> Tensor:
+    """Images, each moved by up to ``far`` pixels up or down and left or right; zeros come in.
+
+    Shape:
+        ``x`` and the result: ``[examples, channels, height, width]``.
+    """
+    if not far:
+        return x
+    n, height, width = len(x), x.shape[2], x.shape[3]
+    down, right = (torch.randint(2 * far + 1, (n, 1), generator=generator) for _ in range(2))
+    rows, columns = down + torch.arange(height), right + torch.arange(width)
+    padded = F.pad(x, (far, far, far, far))
+    return padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None]].movedim(-1, 1)
 
 
 class Soft(NamedTuple):
@@ -82,10 +115,20 @@ def said(net: nn.Module, x: Tensor, temperature: float, seed: int) -> Soft:
     return Soft(passes.mean, temperature)
 
 
-def fit(net: nn.Module, x: Tensor, y: Tensor, epochs: int, lr: float, seed: int, soft: Soft | None = None) -> None:
+def fit(
+    net: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    epochs: int,
+    lr: float,
+    seed: int,
+    soft: Soft | None = None,
+    shift: int = 0,
+) -> None:
     """Train without noise on a learning rate that falls to zero; what is left in the network is the steps' average.
 
-    With ``soft`` it learns what a teacher says and not the labels, by the loss of Hinton, Vinyals, Dean (2015).
+    With ``soft`` it learns what a teacher says and not the labels, by the loss of Hinton, Vinyals, Dean (2015). With a
+    ``shift`` images are moved, see :class:`Recipe`.
     """
     noise = {id(weight.noise) for weight in noisy_weights(net)}
     parameters = [p for p in net.parameters() if id(p) not in noise]
@@ -100,11 +143,12 @@ def fit(net: nn.Module, x: Tensor, y: Tensor, epochs: int, lr: float, seed: int,
                 batches = torch.randperm(len(x), generator=order).split(PLAIN_BATCH)
             adam.param_groups[0]["lr"] = lr * (1 - step / (epochs * steps))
             rows = batches[step % steps]
+            logits = net(shifted(x[rows], shift, order))
             if soft is None:
-                loss = F.cross_entropy(net(x[rows]), y[rows])
+                loss = F.cross_entropy(logits, y[rows])
             else:
                 heat = soft.temperature
-                loss = heat**2 * F.cross_entropy(net(x[rows]) / heat, soft.probabilities[rows])
+                loss = heat**2 * F.cross_entropy(logits / heat, soft.probabilities[rows])
             adam.zero_grad()
             loss.backward()
             adam.step()
@@ -136,6 +180,14 @@ def shrink(net: nn.Module, example: Tensor) -> nn.Module:
     del small.compaction
     small.train(net.training)
     return small
+
+
+def _adam(net: nn.Module) -> torch.optim.Adam:
+    """With a learning rate for the network, and one for the log variances of its weights."""
+    noise = {id(weight.noise) for weight in noisy_weights(net)}
+    parameters = list(net.parameters())
+    groups = [{"params": [p for p in parameters if (id(p) in noise) is which]} for which in (False, True)]
+    return torch.optim.Adam(groups, fused=True)
 
 
 class Unfinished(NamedTuple):
@@ -181,22 +233,24 @@ def train(
     net = start.net
     order.set_state(start.order)
     steps = math.ceil(len(x) / recipe.batch)
+    rates = recipe.lr, recipe.noise_lr or recipe.lr
     net.train()
-    adam = torch.optim.Adam(net.parameters(), fused=True)
+    adam = _adam(net)
     for epoch in range(start.epoch, recipe.epochs):
         elbo = vd.ELBO(net, len(x), warmup=recipe.warmup * steps)
         elbo.load_state_dict({"step": epoch * steps})
         for step, rows in enumerate(torch.randperm(len(x), generator=order).split(recipe.batch)):
             left = 1 - (epoch + step / steps) / recipe.epochs
-            adam.param_groups[0]["lr"] = recipe.lr * min(1.0, left / recipe.decay)
-            loss = elbo(F.cross_entropy(net(x[rows]), y[rows]))
+            for group, lr in zip(adam.param_groups, rates, strict=True):
+                group["lr"] = lr * min(1.0, left / recipe.decay)
+            loss = elbo(F.cross_entropy(net(shifted(x[rows], recipe.shift, order)), y[rows]))
             adam.zero_grad()
             loss.backward()
             adam.step()
         fresh = (epoch + 1) % recipe.shrink == 0 and epoch + 1 < recipe.epochs
         if fresh:
             net = shrink(net, x[:2])
-            adam = torch.optim.Adam(net.parameters(), fused=True)
+            adam = _adam(net)
         watch(epoch + 1, net)
         if fresh or epoch + 1 == recipe.epochs:
             keep(Unfinished(epoch + 1, net, order.get_state()))

@@ -23,7 +23,7 @@ def cells(scale: str) -> list[Config]:
         longer = {"cpu": 1, "gpu": 4}[scale]
         recipe = Recipe(10, 200 * longer, 50 * longer, decay=1.0, shrink=5, finetune=10, batch=256)
         size = {"data": "mnist", "train": 60_000, "ratios": [68.0, 100.0, 150.0]}
-    base = {"model": "lenet-300-100", **size, **recipe._asdict(), "extra_digits": 1, "enlarge": 1}
+    base = {"model": "lenet-300-100", **size, **recipe.entries(), "extra_digits": 1, "enlarge": 1}
     return [{**base, "seed": seed} for seed in range(1 if scale == "smoke" else 3)]
 
 

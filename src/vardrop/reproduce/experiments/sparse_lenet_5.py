@@ -15,19 +15,20 @@ PUBLISHED = (  # Molchanov, Ashukha, Vetrov 2017, table 1, and those it compares
 
 
 def cells(scale: str) -> list[Config]:
-    """One for every seed."""
+    """One for every seed, on the images as they are, and one on images that are moved."""
     if scale == "smoke":
         recipe = Recipe(dense=1, epochs=2, warmup=1, decay=0.6, shrink=1, finetune=1)
+        moved = recipe._replace(noise_lr=4e-3, finetune_lr=2e-3, shift=1)
         size: Config = {"data": "digits", "train": 400, "ratios": [280.0]}
     else:
         longer = {"cpu": 1, "gpu": 2}[scale]
         recipe = Recipe(5 * longer, 200 * longer, 10 * longer, decay=1.0, shrink=5, finetune=6)
+        moved = recipe._replace(finetune=20, noise_lr=4e-3, finetune_lr=2e-3, shift=1)
         size = {"data": "mnist", "train": 60_000, "ratios": [280.0, 350.0]}
-    base = {
-        "model": "lenet-5", **size, **recipe._asdict(), "temperature": 3.0, "extra_digits": 1,
-        "enlarge": 2 if scale == "smoke" else 1,
-    }  # fmt: skip
-    return [{**base, "seed": seed} for seed in range(1 if scale == "smoke" else 3)]
+    base = {"model": "lenet-5", **size, "extra_digits": 1, "enlarge": 2 if scale == "smoke" else 1}
+    seeds = range(1 if scale == "smoke" else 3)
+    plain = [{**base, **recipe.entries(), "temperature": 3.0, "seed": seed} for seed in seeds]
+    return plain + [{**base, **moved.entries(), "seed": seed} for seed in seeds]
 
 
 EXPERIMENT = _sparse.experiment(
