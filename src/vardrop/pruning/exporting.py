@@ -15,7 +15,7 @@ from vardrop.evaluation.runs import OpenRun
 from vardrop.optional import needed
 from vardrop.pruning.network_file import beside, float32_bytes, load_network, write_network
 from vardrop.pruning.writing import about
-from vardrop.sparsity.compact import compact, plain_copy
+from vardrop.sparsity.compact import INFERENCE_MULTIPLE, compact, plain_copy
 from vardrop.sparsity.export import export_onnx
 from vardrop.training.folder import CHECKPOINT, EXAMPLES, MODEL
 
@@ -106,7 +106,8 @@ def export(run: OpenRun, form: str, path: Path, small: bool) -> Exported:
     x = run.data.test_x[:ROWS].to(kind)
     with torch.no_grad():
         wanted = dense(x)
-    network = compact(dense, x[:2]) if small else dense
+    multiple = INFERENCE_MULTIPLE if form == "onnx" else 1
+    network = compact(dense, x[:2], round_to=multiple) if small else dense
     draft = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         if form == "onnx":

@@ -230,13 +230,32 @@ class Mix(Rule):
         return share
 
 
-def settle(rules: Sequence[Rule], facts: Sequence[Channels]) -> None:
-    """The last two passes: what is needed, and what stays."""
+class Convolve(Mix):
+    """A convolution: it is computed in blocks of channels, and what is no multiple of a block costs more than one."""
+
+    FEWEST = 16  # fewer than a block are computed as they are, and would grow by more than they gain
+
+    def round_up(self, multiple: int) -> bool:
+        """Keep dead channels of the input, so that their number is a multiple; whether there were any to keep."""
+        kept = int(self.source.keep.sum())
+        more = -kept % multiple
+        if not more or kept < self.FEWEST or kept + more > self.source.size:
+            return False
+        which = torch.zeros_like(self.source.keep)
+        which[(~self.source.keep).nonzero().flatten()[:more]] = True
+        self.source.pin(f"what a convolution reads is rounded up to a multiple of {multiple}", which)
+        self.source.keep = self.source.keep | which
+        return True
+
+
+def settle(rules: Sequence[Rule], facts: Sequence[Channels], round_to: int = 1) -> None:
+    """The last two passes: what is needed, and what stays; convolutions read a multiple of some number of channels."""
     for rule in reversed(rules):
         rule.backward()
     for channels in facts:
         channels.keep = ~channels.removable | channels.pinned
         if channels.size and not channels.keep.any():
             channels.keep[0] = True  # layers of width 0 are more trouble than one channel
-    while sum(rule.couple() for rule in rules):  # every one of them, each time
-        pass
+    convolutions = [rule for rule in rules if isinstance(rule, Convolve)]
+    while sum(rule.couple() for rule in rules) or any(rule.round_up(round_to) for rule in convolutions):
+        pass  # every rule couples, each time

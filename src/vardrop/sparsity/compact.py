@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -34,6 +34,8 @@ from vardrop.sparsity.tracing import (
     traced,
     unused,
 )
+
+INFERENCE_MULTIPLE = 4  # of channels: onnxruntime puts those of a convolution into blocks, if it can count them so
 
 
 @dataclass
@@ -68,8 +70,20 @@ class Compaction:
         return "\n".join(lines + [f"left: {name}: {why}" for name, why in self.left.items()])
 
 
+class _Wishes(NamedTuple):
+    """What the user asks for, as :func:`compact` has it."""
+
+    select_inputs: bool
+    for_inference: bool
+    round_to: int
+
+
 def compact(
-    model: nn.Module, example_input: Tensor | Sequence[Any], select_inputs: bool = True, for_inference: bool = False
+    model: nn.Module,
+    example_input: Tensor | Sequence[Any],
+    select_inputs: bool = True,
+    for_inference: bool = False,
+    round_to: int | None = None,
 ) -> nn.Module:
     """Take dead units out of a sparse network: a smaller, plain module with the same function in evaluation.
 
@@ -96,13 +110,16 @@ def compact(
             channels last in memory, where the code does not depend on that. Outputs in evaluation are the same; but
             training would be another, channels of such a stream are mixtures of the old ones, and single zeros and
             digits of the weights around it are gone.
+        round_to: dead channels stay, so that those that a convolution reads, where 16 or more are left, are a multiple
+            of this; 4 if it is left out and ``for_inference``, else 1. onnxruntime takes 1.3 times as long for 49 of
+            64 channels as for all of them, and 0.8 times as long for 48.
 
     Returns:
         A new module, in the same mode, whose ``compaction`` prints what was done.
 
     Raises:
         TypeError: if ``model`` is no module.
-        ValueError: if the model does not run on the example.
+        ValueError: if the model does not run on the example, or ``round_to`` is below 1.
         RuntimeError: if the smaller network computes something else; it is not returned then.
 
     Example:
@@ -123,6 +140,11 @@ def compact(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"vardrop.compact: model must be a torch.nn.Module, got {type(model).__name__}")
+    if round_to is None:
+        round_to = INFERENCE_MULTIPLE if for_inference else 1
+    if round_to < 1:
+        raise ValueError(f"vardrop.compact: round_to must be 1 (channels are not rounded) or more, got {round_to}")
+    wishes = _Wishes(select_inputs, for_inference, round_to)
     inputs: Inputs = (example_input,) if isinstance(example_input, Tensor) else tuple(example_input)
     dense = plain_copy(model)
     try:
@@ -139,7 +161,7 @@ def compact(
     compact_attention(small, report.changed, report.left, report.kept, reasons)
     small, spelled = spell_out(small, reasons)
     small, written = write_out(small, reasons)
-    small = put_back(_all_parts(small, inputs, report, reasons, select_inputs, for_inference), written)
+    small = put_back(_all_parts(small, inputs, report, reasons, wishes), written)
     small, names = spell_back(small, spelled)
     report.rename(names)
     if for_inference:
@@ -169,7 +191,7 @@ def _copy_modes(model: nn.Module, small: nn.Module) -> None:
 
 
 def _all_parts(
-    model: nn.Module, inputs: Inputs, report: Compaction, fixed: dict[int, str], select: bool, fold: bool
+    model: nn.Module, inputs: Inputs, report: Compaction, fixed: dict[int, str], wishes: _Wishes
 ) -> nn.Module:
     """Treat the model as a whole if its code can be traced, else its largest parts that can."""
     opaque: set[int] = set()
@@ -196,7 +218,7 @@ def _all_parts(
         if len(given) != 1:
             report.left[name] = f"is called {len(given)} times"
             continue
-        new = compact_part(part, given[0], report, fixed, select, name, opaque, fold)
+        new = compact_part(part, given[0], report, fixed, wishes, name, opaque)
         if part is model:
             return new
         if new is not part:
@@ -237,10 +259,9 @@ def compact_part(
     inputs: Inputs,
     report: Compaction,
     fixed: dict[int, str],
-    select: bool,
+    wishes: _Wishes,
     name: str = "",
     opaque: set[int] | None = None,
-    fold: bool = False,
 ) -> nn.Module:
     """Compact one module whose code can be traced, in place; a graph module if its code has sizes in it."""
     graph = traced(module, opaque or set())
@@ -261,7 +282,7 @@ def compact_part(
         return module
     modules = dict(module.named_modules(remove_duplicate=False))
     reader = Reader(graph, modules, fixed_paths(graph, modules, fixed))
-    settle(reader.rules, list(reader.facts.values()))
+    settle(reader.rules, list(reader.facts.values()), wishes.round_to)
     like = next(module.parameters(), torch.empty(()))
     before: dict[str, tuple[str, str]] = {}
     for rule in reader.rules:
@@ -271,17 +292,17 @@ def compact_part(
         where = f"{name}.{path}".strip(".")
         old = modules[path]
         before[path] = str(old), printed(old)
-        new = _smaller(old, rule, select, like)
+        new = _smaller(old, rule, wishes.select_inputs, like)
         if new is not None:
             replace(module, old, new)
             if isinstance(rule, Mix):
-                note_kept(report.kept, where, *kept_of(rule, select))
+                note_kept(report.kept, where, *kept_of(rule, wishes.select_inputs))
         why = why_left(rule.out) if isinstance(rule, Mix | Norm | Attend | Own) else None
         if why:
             report.left[where] = why
     for node, rule in reader.own.items():
         cut_own(modules, str(node.target), rule)
-    if fold:
+    if wishes.for_inference:
         _fold_norms(module, reader, report, name)
     for path, (old_text, old_print) in before.items():
         new = module.get_submodule(path)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from vardrop.layers.base import Drop
 from vardrop.sparsity.attention import CompactAttention, all_parts
-from vardrop.sparsity.channels import Channels, Each, Mix, Rule
+from vardrop.sparsity.channels import Channels, Convolve, Each, Mix, Rule
 from vardrop.sparsity.facts import Facts, Unknown, is_padded, name_of
 from vardrop.sparsity.stream import Norm, Own
 
@@ -101,7 +101,7 @@ class ModuleRules(Facts):
         exact = source.value == 0 if padded else torch.tensor([True])
         used, gain = (weight != 0).any(2), weight.sum(2)
         if module.groups == 1:
-            return Mix(node, source, source.dim, used, gain, _bias(module), exact)
+            return Convolve(node, source, source.dim, used, gain, _bias(module), exact)
         if module.groups == module.in_channels == module.out_channels:  # depthwise
             dead = ~used[:, 0]
             constant = dead | (source.constant & exact)

@@ -87,7 +87,7 @@ def run_cell(config: Config) -> list[Row]:
         report = vd.sparsify_(net, threshold=THRESHOLD, allow_empty=True)
         vd.restore_(net)
         networks.finetune(net, data.train, config)
-    small = vd.compact(net, data.train[0][:2])
+    small = vd.compact(net, data.train[0][:2], round_to=4)
     found: Any = small.compaction
     identity: Row = {key: config[key] for key in ("network", "kl_scale", "seed")}
     (parameters, fewer), (work, less) = found.parameters, found.multiply_adds
