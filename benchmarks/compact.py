@@ -28,8 +28,10 @@ ALIVE = 0.5
 SHAPE = (1, 28, 28)
 
 
-def _dead(units: int, generator: torch.Generator) -> Tensor:
-    return torch.randperm(units, generator=generator)[: round((1 - ALIVE) * units)]
+def _dead(units: int, generator: torch.Generator, spread: int = 0) -> Tensor:
+    """As many as are not alive, or up to ``spread`` more or fewer."""
+    more = int(torch.randint(-spread, spread + 1, (), generator=generator)) if spread else 0
+    return torch.randperm(units, generator=generator)[: round((1 - ALIVE) * units) + more]
 
 
 def _silence(writers: Iterable[nn.Module], dead: Tensor, readers: Iterable[Tensor] = ()) -> None:
@@ -60,14 +62,20 @@ def lenet(generator: torch.Generator) -> nn.Module:
     return net
 
 
-def resnet(generator: torch.Generator, width: int = 32) -> nn.Module:
-    """Twelve residual blocks of convolutions on 3 x 32 x 32, half of the channels inside of blocks and between them."""
+def resnet(generator: torch.Generator, width: int = 32, spread: int = 0) -> nn.Module:
+    """Twelve residual blocks of convolutions on 3 x 32 x 32, half of the channels inside of blocks and between them.
+
+    With a spread there are up to so many more or fewer inside of each block, and what is dead is a constant other than
+    zero, as where it was learned: numbers of channels that no kernel is made for.
+    """
     net = residual_network(lambda branch, _: _Sum(branch), width=width)
     blocks = [module.branch for module in net.modules() if isinstance(module, _Sum)]
     between = _dead(width, generator)
     for branch in blocks:
         first, norm, _, second, last = branch
-        _silence([first, norm], _dead(width, generator))
+        _silence([first] if spread else [first, norm], _dead(width, generator, spread))
+        if spread:
+            nn.init.uniform_(norm.bias, generator=generator)
         _silence([second, last], between)
     _silence([net[0]], between)  # type: ignore[index]
     return net
@@ -106,9 +114,10 @@ NETWORKS: dict[str, tuple[Callable[[torch.Generator], nn.Module], tuple[int, ...
     "transformer encoder": (transformer, SHAPE),
     "MLP of 1000": (partial(mlp, widths=(1000, 1000, 1000)), SHAPE),
     "residual network of 64": (partial(resnet, width=64), (3, 32, 32)),
+    "residual network of 64, uneven": (partial(resnet, width=64, spread=8), (3, 32, 32)),
     "transformer encoder of 512": (partial(transformer, width=512, hidden=1024), SHAPE),
 }
-WIDE = ("MLP of 1000", "residual network of 64", "transformer encoder of 512")
+WIDE = ("MLP of 1000", "residual network of 64", "residual network of 64, uneven", "transformer encoder of 512")
 
 
 def measure(names: Iterable[str], rounds: int, warmup: int) -> list[Row]:

@@ -5,6 +5,7 @@ import re
 import sys
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -74,6 +75,18 @@ def test_the_other_formats_rebuild_themselves(run, tmp_path, vardrop_, form, end
         sizes.append(sum(p.numel() for p in load_network(path).parameters()))
     assert sizes[1] < sizes[0] / 2
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_channels_of_an_onnx_file_are_rounded_to_what_its_runtime_is_fast_at(tmp_path, vardrop_):
+    run = with_zeros(tmp_path / "run", model="conv:1")
+    for form, name in (("onnx", "net.onnx"), ("safetensors", "net.safetensors")):
+        status, *_ = vardrop_("export", run, "--format", form, "--compact", "--out", tmp_path / name)
+        assert status == 0
+    loaded = load_network(tmp_path / "net.safetensors")
+    (_, second) = (module for module in loaded.modules() if isinstance(module, torch.nn.Conv2d))
+    assert second.in_channels == 17  # of 32; of those that are constants one stays, for the border
+    kernels = [each.dims for each in onnx.load(tmp_path / "net.onnx").graph.initializer if len(each.dims) == 4]
+    assert [dims[1] for dims in kernels] == [1, 20]
 
 
 def test_sparse_rows_are_those_of_any_reader(run, tmp_path, vardrop_):
