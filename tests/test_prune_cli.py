@@ -1,5 +1,6 @@
 """`vardrop prune`: real runs of seconds, and folders whose numbers can be counted again."""
 
+import dataclasses
 import json
 import re
 import sys
@@ -311,6 +312,15 @@ class TestPieces:
         best = min([start, *(line["val_error"] for line in lines)])
         assert error_of(run.task.network, *held) == pytest.approx(best)
         assert error_of(run.task.network, *held) < start  # nine weights in ten were gone
+
+    def test_the_divergence_has_the_weight_that_it_had_in_the_run(self, sparse):
+        left = []
+        for weight in (0.0, 100.0):
+            run = open_run(sparse)
+            vd.sparsify_(run.task.network)
+            list(train_on(run.task, run.data, None, dataclasses.replace(run.config, kl_scale=weight), 2, 1e-3))
+            left.append(vd.kl_divergence(run.task.network).item())
+        assert left[1] < 0.98 * left[0]
 
     def test_a_loss_that_explodes_is_told(self, sparse):
         run = open_run(sparse)

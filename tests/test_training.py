@@ -91,6 +91,8 @@ def test_averages_need_a_decay_below_one():
         ("patience", -1, "patience must be 0 or more, got -1"),
         ("warmup", -2, "warmup must be 0 or more, got -2"),
         ("split", -1, "split must be 0 or more, got -1"),
+        ("kl_scale", -0.1, "kl_scale must be 0 or more, and finite, got -0.1"),
+        ("kl_scale", math.nan, "kl_scale must be 0 or more, and finite, got nan"),
         ("lr", 0.0, "lr must be positive and finite, got 0.0"),
         ("lr", math.nan, "lr must be positive and finite, got nan"),
         ("validation", 1.5, "validation must be a fraction below 1 or a number, got 1.5"),
@@ -106,6 +108,25 @@ def test_averages_need_a_decay_below_one():
 def test_config_refuses(name, value, words):
     with pytest.raises(ValueError, match=f"vardrop.training.Config: {words}"):
         Config(**{name: value})
+
+
+@pytest.mark.parametrize("method", ["none", "binary", "gaussian-a", "gaussian-b"])
+def test_only_noise_that_is_learned_has_a_weight_for_its_divergence(method):
+    words = (
+        r"kl_scale must be left out but with the methods that learn noise "
+        rf"\(vd-a, vd-a2, vd-b, sparse-vd, mean-field\), with {method}, got 0.5"
+    )
+    with pytest.raises(ValueError, match=words):
+        Config(method=method, kl_scale=0.5)
+
+
+@pytest.mark.parametrize(("asked", "weight"), [(None, 1 / 3), (0.1, 0.1), (0.0, 0.0)])
+def test_the_weight_of_the_divergence_is_what_is_asked_for(tmp_path, asked, weight):
+    config = Config(model="mlp:1x8", method="vd-a2", kl_scale=asked, epochs=2, warmup=1)
+    train(config, tmp_path / "run", progress=False)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["kl_scale"] == pytest.approx(weight)
+    assert lines[-1]["kl"] > 0
 
 
 def test_config_goes_to_json_and_back(tmp_path):

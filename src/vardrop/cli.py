@@ -107,6 +107,12 @@ def train(
         int | None,
         typer.Option(help="Epochs over which the KL grows to its full weight; the method's own if left out."),
     ] = Config.warmup,
+    kl_scale: Annotated[
+        float | None,
+        typer.Option(
+            help="Weight of the KL; below 1 for few data, where it outweighs them. The method's own if left out."
+        ),
+    ] = Config.kl_scale,
     split: Annotated[int, typer.Option(help="Which train and test split, where the data have several.")] = Config.split,
     data_dir: Annotated[
         str | None, typer.Option(help="Look for data here first; then $VARDROP_DATA, ./data, the user's cache.")

@@ -46,6 +46,11 @@ class Method:
     where: Where = None
     warmup: int = 0
 
+    @property
+    def learns(self) -> bool:
+        """Whether its noise is learned: only then does the divergence change with the steps."""
+        return self.config is not None and not isinstance(self.config(None), GaussianDropout)
+
 
 def _linear(module: nn.Module, name: str) -> bool:
     """Where plain dropout would be, so that the fixed methods differ in the noise alone."""

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from vardrop.data import Data
-from vardrop.methods import METHODS
 from vardrop.objective import ELBO
 from vardrop.sparsity.finetune import finetune
 from vardrop.training.config import Config
@@ -49,7 +48,7 @@ def train_on(
     kind = next(task.parameters()).dtype
     x, y = data.train_x.to(kind), data.train_y
     held = None if validation is None else (validation[0].to(kind), validation[1])
-    elbo = ELBO(task.network, len(x), METHODS[config.method].kl_scale)
+    elbo = ELBO(task.network, len(x), config.kl_weight)
     optimizer = torch.optim.Adam(task.parameters(), lr=lr)
     order = torch.Generator().manual_seed(config.seed)
     best: tuple[float, float] | None = None

@@ -42,6 +42,8 @@ class Config:
         average: decay of the average over the weights of all steps, in [0, 1); 0 for none.
         warmup: epochs over which the weight of the KL grows linearly to its full size; None for the method's own
             choice. No epoch before its end is held to be the best, or ends training.
+        kl_scale: the weight of the KL in the objective; None for the method's own choice. Below 1 it holds the noise
+            back: with hundreds of weights for every example the KL outweighs the data.
         split: which of the predefined train and test splits, where a data set has several.
         accelerator: ``"cpu"``, ``"gpu"``, ``"cuda"``, ``"mps"`` or ``"auto"``.
         devices: how many; under torchrun its number of processes counts.
@@ -74,6 +76,7 @@ class Config:
     patience: int = 20
     average: float = 0.999
     warmup: int | None = None
+    kl_scale: float | None = None
     split: int = 0
     accelerator: str = "cpu"
     devices: int = 1
@@ -95,6 +98,12 @@ class Config:
         )
         self._require(0 <= self.average < 1, "average", "at least 0 and below 1")
         self._require(0 <= self.lr_decay <= 1, "lr_decay", "at least 0 and at most 1")
+        if self.kl_scale is not None:
+            self._require(0 <= self.kl_scale < math.inf, "kl_scale", "0 or more, and finite")
+            if self.method in METHODS and not METHODS[self.method].learns:
+                learning = ", ".join(name for name, method in METHODS.items() if method.learns)
+                words = f"left out but with the methods that learn noise ({learning}), with {self.method}"
+                self._require(False, "kl_scale", words)
         choices = {
             "estimator": ESTIMATORS, "accelerator": ACCELERATORS, "strategy": STRATEGIES, "precision": PRECISIONS
         }  # fmt: skip
@@ -114,6 +123,11 @@ class Config:
         """The warm-up that is asked for, or the method's own."""
         method = METHODS.get(self.method)
         return self.warmup if self.warmup is not None else method.warmup if method else 0
+
+    @property
+    def kl_weight(self) -> float:
+        """The weight of the KL that is asked for, or the method's own."""
+        return METHODS[self.method].kl_scale if self.kl_scale is None else self.kl_scale
 
     def to_json(self) -> str:
         """All fields, readable."""

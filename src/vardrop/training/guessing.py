@@ -35,7 +35,7 @@ def notes(data: Data, mistake: float, learned: bool) -> list[str]:
         return []
     why = (
         "; noise that is learned can take over all of a network where data are few for its weights: give it a longer "
-        "--warmup, a smaller --model or more data"
+        "--warmup, a smaller --kl-scale or --model, or more data"
         if learned
         else "; train longer, or with another learning rate"
     )

@@ -91,13 +91,13 @@ def train(config: Config, out: Path, resume: bool = False, progress: bool = True
         data = load(config.data, Path(config.data_dir) if config.data_dir else None, config.split)
         check_data(data)
         keep_freed()
-        network, kl_scale, _ = prepare(config.method, config.model, data.shape, data.outputs, config.sharing)
+        network, _, _ = prepare(config.method, config.model, data.shape, data.outputs, config.sharing)
         if config.start is not None:
             start_from_(network, Path(config.start))
         fabric = make_fabric(config)
         finished = on_first(fabric, lambda: claim(config, out, resume))
         if finished is None:
-            run = _Run(config, out, data, network, kl_scale, fabric)
+            run = _Run(config, out, data, network, fabric)
             run.start(resume)
             run.train(progress)
             finished = run.finish()
@@ -107,9 +107,7 @@ def train(config: Config, out: Path, resume: bool = False, progress: bool = True
 class _Run:
     """One run on one process: everything it needs between two epochs, and what to do in one."""
 
-    def __init__(
-        self, config: Config, out: Path, data: Data, network: torch.nn.Module, kl_scale: float, fabric: Fabric
-    ) -> None:
+    def __init__(self, config: Config, out: Path, data: Data, network: torch.nn.Module, fabric: Fabric) -> None:
         self.config, self.out, self.data, self.fabric = config, out, data, fabric
         size = config.validation if config.validation < 1 else int(config.validation)
         part, val_x, val_y = (
@@ -145,7 +143,7 @@ class _Run:
         left = len(self.x) % config.batch_size  # a last batch that has no row for some process is left out
         self.rows = len(self.x) - (left if left < fabric.world_size else 0)
         self.starts = range(0, self.rows, config.batch_size)
-        self.elbo = ELBO(self.task.network, len(self.x), kl_scale, config.warmup_epochs * len(self.starts))
+        self.elbo = ELBO(self.task.network, len(self.x), config.kl_weight, config.warmup_epochs * len(self.starts))
         self.check_always = fabric.device.type == "cpu" and fabric.world_size == 1  # elsewhere it would wait for others
         seed_noise(config.seed, fabric.global_rank)
 
