@@ -18,7 +18,8 @@ from vardrop.pruning.display import Steps
 from vardrop.pruning.finetuning import learning_rate, train_on
 from vardrop.pruning.goals import Goal, sparsify
 from vardrop.pruning.sweep import Position, position, sweep, thresholds, with_chosen
-from vardrop.sparsity.compact import Compaction, compact
+from vardrop.sparsity.compact import compact
+from vardrop.sparsity.compaction import Compaction
 from vardrop.sparsity.compressed import compressed_size
 from vardrop.sparsity.precision import quantize_to_noise
 from vardrop.sparsity.sparsify import SparsityReport

@@ -1,7 +1,8 @@
 """From learned noise to a smaller network: zeros, networks without them, digits that the noise pays for, files."""
 
 from vardrop.sparsity.attention import CompactAttention
-from vardrop.sparsity.compact import Compaction, compact
+from vardrop.sparsity.compact import compact
+from vardrop.sparsity.compaction import Compaction
 from vardrop.sparsity.compressed import CompressedSize, compressed_size, load_compressed, save_compressed
 from vardrop.sparsity.export import export_onnx, load_sparse, save_sparse
 from vardrop.sparsity.finetune import finetune

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, fx, nn
 from vardrop.convert import restore_
 from vardrop.sparsity.attention import compact_attention, narrower, printed
 from vardrop.sparsity.channels import Each, Mix, Rule, settle
+from vardrop.sparsity.compaction import Compaction
 from vardrop.sparsity.coordinates import PlainNorms
 from vardrop.sparsity.encoder import put_back, write_out
 from vardrop.sparsity.folding import fold_batch_norms
@@ -36,38 +36,6 @@ from vardrop.sparsity.tracing import (
 )
 
 INFERENCE_MULTIPLE = 4  # of channels: onnxruntime puts those of a convolution into blocks, if it can count them so
-
-
-@dataclass
-class Compaction:
-    """What :func:`compact` did; the attribute ``compaction`` of what it returns.
-
-    Attributes:
-        changed: name of the module -> before and after, as they print; ``"memory"`` -> the order of axes in memory.
-        left: name of the module, or of an operation -> what could not be removed and why, in a sentence.
-        parameters: how many there were, and are.
-        multiply_adds: on the example input, before and after.
-        kept: name of a changed layer with a weight -> indices of its outputs and of its inputs that are still there;
-            without layers of streams that are in other coordinates.
-    """
-
-    changed: dict[str, tuple[str, str]] = field(default_factory=dict)
-    left: dict[str, str] = field(default_factory=dict)
-    parameters: tuple[int, int] = (0, 0)
-    multiply_adds: tuple[int, int] = (0, 0)
-    kept: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-    def rename(self, names: dict[str, str]) -> None:
-        """Tell of modules under other names."""
-        self.changed = {names.get(name, name): value for name, value in self.changed.items()}
-        self.left = {names.get(name, name): value for name, value in self.left.items()}
-        self.kept = {names.get(name, name): value for name, value in self.kept.items()}
-
-    def __str__(self) -> str:
-        (before, after), (work, less) = self.parameters, self.multiply_adds
-        lines = [f"parameters: {before:,} -> {after:,}", f"multiply-adds: {work:,} -> {less:,}"]
-        lines += [f"  {name}: {old} -> {new}" for name, (old, new) in self.changed.items()]
-        return "\n".join(lines + [f"left: {name}: {why}" for name, why in self.left.items()])
 
 
 class _Wishes(NamedTuple):
