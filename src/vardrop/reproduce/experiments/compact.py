@@ -1,13 +1,14 @@
 """Compacted networks: what is left of parameters, work, error and time when whole units were learned to be noise.
 
 Each network is trained plainly for some epochs, then with a rate for every output unit and a share of the divergence,
-sparsified at log α > 3, fine-tuned with its zeros held, and compacted. The divergence grows in over half of
-the epochs. At a share of 0.3 of it and above LeNet-5 and the MLP of 1000 collapsed, and at 0.1 next to nothing of the
-small transformer went: so the shares that are tried are others for every network, smaller where there are more weights.
-Validation images choose the share: the least work whose error is at most half a point above that of the network trained
-plainly for as long, or else the smallest error. The time of inference is measured of the sparse network as it was and
-of the compacted one, in turn, in torch and in onnxruntime. At a batch of one a call of torch costs more than what it
-computes, unless a network is wide; so each kind of network is there with a wide one.
+sparsified at log α > 3, fine-tuned with its zeros held, and compacted, with channels in multiples of four. The
+divergence grows in over half of the epochs. At a share of 0.3 of it and above LeNet-5 and the MLP of 1000 collapsed,
+and at 0.1 next to nothing of the small transformer went: so the shares that are tried are others for every network,
+smaller where there are more weights. Validation images choose the share: the least work whose error is at most half a
+point above that of the network trained plainly for as long, or else the smallest error. The time of inference is
+measured of the sparse network as it was and of the compacted one, in turn, in torch and in onnxruntime. At a batch of
+one a call of torch costs more than what it computes, unless a network is wide; so each kind of network is there with a
+wide one.
 """
 
 from __future__ import annotations
