@@ -136,6 +136,7 @@ class TestPageOfARun:
             "sharing": "layer",
             "data_dir": "data",
             "warmup": 5,
+            "kl_scale": 0.5,
             "start": "runs/dense",
         }
         (run / "config.json").write_text(json.dumps(settings))
