@@ -574,9 +574,9 @@ def test_fewer_rows_than_processes_are_refused(monkeypatch, tmp_path):
     class Two:
         world_size, device = 2, torch.device("cpu")
 
-    network, kl_scale, _ = prepare("none", "mlp:1x4", (1, 8, 8), 10)
+    network, _, _ = prepare("none", "mlp:1x4", (1, 8, 8), 10)
     with pytest.raises(ValueError, match="must be at least the number of processes, 2, got 1 and"):
-        loop._Run(changed(SMALL, batch_size=1), tmp_path, load("digits"), network, kl_scale, Two())
+        loop._Run(changed(SMALL, batch_size=1), tmp_path, load("digits"), network, Two())
 
 
 def test_damaged_summaries_are_refused(tmp_path):
