@@ -79,7 +79,7 @@ def compact(
             training would be another, channels of such a stream are mixtures of the old ones, and single zeros and
             digits of the weights around it are gone.
         round_to: dead channels stay, so that those that a convolution reads, where 16 or more are left, are a multiple
-            of this; 4 if it is left out and ``for_inference``, else 1. onnxruntime takes 1.3 times as long for 49 of
+            of this; 4 if it is left out and ``for_inference``, else 1. onnxruntime takes 1.4 times as long for 49 of
             64 channels as for all of them, and 0.8 times as long for 48.
 
     Returns:
