@@ -32,6 +32,17 @@ def test_value_and_gradient_in_closed_form() -> None:
     torch.testing.assert_close(variance.grad, weight * zeta / (2 * variance.detach().sqrt()))
 
 
+def test_noise_is_in_the_memory_order_of_the_mean() -> None:
+    """A mixture of two orders is slow in every pass over it, and so is what reads the sample."""
+    mean = torch.zeros(2, 3, 4, 5, dtype=torch.float64).to(memory_format=torch.channels_last).requires_grad_()
+    variance = torch.ones_like(mean, requires_grad=True)
+    y = add_noise(mean, variance, torch.Generator().manual_seed(5))
+    y.square().sum().backward()
+    for of_that_order in (y, mean.grad, variance.grad):
+        assert of_that_order.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y, replay((2, 4, 5, 3), 5).movedim(-1, 1))
+
+
 def test_moments() -> None:
     mean, variance = torch.randn(6, dtype=torch.float64), torch.rand(6, dtype=torch.float64)
     samples = add_noise(mean.expand(20000, 6), variance.expand(20000, 6))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vardrop.weights.linear_ops import Examples, LinearOp
-from vardrop.weights.noise import add_noise, normal, signs
+from vardrop.weights.noise import add_noise, normal, normal_like, signs
 from vardrop.weights.per_example import per_example
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def _factor(x: Tensor, example: int | None, unit: int, weight: CorrelatedWeight,
         return weight.factor(setting.generator).to(x.dtype).view(along)
     std = weight.std.to(x.dtype).view(along)
     if setting.name == "local":
-        return torch.addcmul(torch.ones((), dtype=x.dtype, device=x.device), std, normal(x.shape, x, setting.generator))
+        return torch.addcmul(torch.ones((), dtype=x.dtype, device=x.device), std, normal_like(x, setting.generator))
     shape = _example_shape(x, example if setting.name == "per_example" else None, {unit})
     noise = normal(shape, x, setting.generator)
     if setting.name == "flipout":

@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
+from vardrop.masks import inverse, memory_order
 from vardrop.second_order import graph_wanted
 
 
@@ -23,6 +24,12 @@ def _source(generator: torch.Generator | None) -> _Source:
 def normal(shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Independent N(0, 1) values of the given shape, with the dtype and device of ``like``."""
     return torch.randn(shape, dtype=like.dtype, device=like.device, **_source(generator))
+
+
+def normal_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Independent N(0, 1) values, one for each of x and in its memory order: what mixes two orders is slow."""
+    order = memory_order(x)
+    return normal([x.shape[axis] for axis in order], x, generator).permute(inverse(order))
 
 
 def signs(shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -121,7 +128,7 @@ def add_noise(mean: Tensor, variance: Tensor, generator: torch.Generator | None 
         >>> add_noise(torch.ones(3), torch.zeros(3))
         tensor([1., 1., 1.])
     """
-    return with_noise(mean, variance, normal(mean.shape, mean, generator))
+    return with_noise(mean, variance, normal_like(mean, generator))
 
 
 def with_noise(mean: Tensor, variance: Tensor, noise: Tensor) -> Tensor:
