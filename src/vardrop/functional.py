@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vardrop.half import real_type, wide_type
-from vardrop.masks import bernoulli, from_generator, inverse, memory_order
+from vardrop.masks import bernoulli, from_generator, in_memory_order
 from vardrop.products import linear
 
 __all__ = ["concrete", "drop", "drop_types", "gaussian", "moments_linear", "moments_relu"]
@@ -294,11 +294,8 @@ def _known(rate: float | Tensor) -> float | Tensor:
 
 def _jitter(x: Tensor, std: float | Tensor, sizes: list[int], generator: torch.Generator | None) -> Tensor:
     """x times 1 + std · N(0, 1), in the memory order of x."""
-    order = memory_order(x)
-    noise = torch.randn(
-        [sizes[axis] for axis in order], dtype=real_type(x), device=x.device, **from_generator(generator)
-    )
-    noise = noise.permute(inverse(order))
+    draws = torch.randn(math.prod(sizes), dtype=real_type(x), device=x.device, **from_generator(generator))
+    noise = in_memory_order(draws, sizes, x)
     if isinstance(std, Tensor):
         return x * (1 + std.to(noise.dtype) * noise)
     return x * noise.mul_(std).add_(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,10 +45,10 @@ def bernoulli(
         level = (rate * _LEVELS).round().clamp(max=_LEVELS - 1)
         kept = (bits >= (level - _LEVELS // 2).to(torch.int16)).to(torch.uint8)
         scale = torch.where(rate == 1, 0.0, _LEVELS / (_LEVELS - level.to(wide_type(x))))
-        return _ordered(kept, sizes, x), scale.clamp(max=torch.finfo(x.dtype).max)  # inf times 0 is no number
+        return in_memory_order(kept, sizes, x), scale.clamp(max=torch.finfo(x.dtype).max)  # inf times 0 is no number
     number = min(max(round(rate * _LEVELS), 1), _LEVELS - 1)
     if number == _LEVELS // 2:
-        return _ordered(_coins(count, x, generator), sizes, x), None
+        return in_memory_order(_coins(count, x, generator), sizes, x), None
     factor = 0.0 if rate == 1 else _LEVELS / (_LEVELS - number)
     if number % _FEW:
         lowest = number - _LEVELS // 2  # of the bits that are kept
@@ -55,7 +56,7 @@ def bernoulli(
     else:
         lowest = number // _FEW - _FEW // 2
         kept = _at_least(_bits(count, torch.int8, x, generator), lowest).view(torch.uint8)
-    return _ordered(kept, sizes, x), factor
+    return in_memory_order(kept, sizes, x), factor
 
 
 def _coins(count: int, x: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -93,18 +94,16 @@ def from_generator(generator: torch.Generator | None) -> dict[str, Any]:
     return {} if generator is None else {"generator": generator}
 
 
-def _ordered(mask: Tensor, sizes: list[int], x: Tensor) -> Tensor:
-    """A row of draws as a mask of some sizes, in the memory order of x."""
+def in_memory_order(draws: Tensor, sizes: Sequence[int], x: Tensor) -> Tensor:
+    """A row of draws as a tensor of some sizes, in the memory order of x: what mixes two orders is slow."""
     if x.is_contiguous():
-        return mask.view(sizes)
-    order = memory_order(x)
-    return mask.view([sizes[axis] for axis in order]).permute(inverse(order))
+        return draws.view(sizes)
+    order = _memory_order(x)
+    return draws.view([sizes[axis] for axis in order]).permute(_inverse(order))
 
 
-def memory_order(x: Tensor) -> list[int]:
+def _memory_order(x: Tensor) -> list[int]:
     """The dimensions of x from the outermost in memory to the innermost."""
-    if x.is_contiguous():
-        return list(range(x.ndim))
     strides = x.stride()
     order: list[int] = []
     for axis in range(x.ndim):  # by insertion: a compiler with dynamic shapes can compare strides, but not sort by them
@@ -115,6 +114,6 @@ def memory_order(x: Tensor) -> list[int]:
     return order
 
 
-def inverse(order: list[int]) -> list[int]:
+def _inverse(order: list[int]) -> list[int]:
     """The permutation that undoes one."""
     return sorted(range(len(order)), key=order.__getitem__)

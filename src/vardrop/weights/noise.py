@@ -3,38 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vardrop.masks import inverse, memory_order
+from vardrop.masks import from_generator, in_memory_order
 from vardrop.second_order import graph_wanted
-
-
-class _Source(TypedDict, total=False):
-    generator: torch.Generator
-
-
-def _source(generator: torch.Generator | None) -> _Source:
-    """The keyword for torch's functions: given as None it would choose an overload without symbolic sizes."""
-    return {} if generator is None else {"generator": generator}
 
 
 def normal(shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Independent N(0, 1) values of the given shape, with the dtype and device of ``like``."""
-    return torch.randn(shape, dtype=like.dtype, device=like.device, **_source(generator))
+    return torch.randn(shape, dtype=like.dtype, device=like.device, **from_generator(generator))
 
 
 def normal_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Independent N(0, 1) values, one for each of x and in its memory order: what mixes two orders is slow."""
-    order = memory_order(x)
-    return normal([x.shape[axis] for axis in order], x, generator).permute(inverse(order))
+    """Independent N(0, 1) values, one for each of x and in its memory order."""
+    return in_memory_order(normal((x.numel(),), x, generator), x.shape, x)
 
 
 def signs(shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Independent values of the given shape, +1 or -1 with equal probability."""
-    bits = torch.randint(0, 2, tuple(shape), dtype=like.dtype, device=like.device, **_source(generator))
+    bits = torch.randint(0, 2, tuple(shape), dtype=like.dtype, device=like.device, **from_generator(generator))
     return bits.mul_(2).sub_(1)
 
 
