@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -28,10 +29,10 @@ ALIVE = 0.5
 SHAPE = (1, 28, 28)
 
 
-def _dead(units: int, generator: torch.Generator, spread: int = 0) -> Tensor:
-    """As many as are not alive, or up to ``spread`` more or fewer."""
+def _dead(units: int, generator: torch.Generator, alive: float, spread: int = 0) -> Tensor:
+    """As many as are not alive, or up to ``spread`` more or fewer; one is alive at least."""
     more = int(torch.randint(-spread, spread + 1, (), generator=generator)) if spread else 0
-    return torch.randperm(units, generator=generator)[: round((1 - ALIVE) * units) + more]
+    return torch.randperm(units, generator=generator)[: min(round((1 - alive) * units) + more, units - 1)]
 
 
 def _silence(writers: Iterable[nn.Module], dead: Tensor, readers: Iterable[Tensor] = ()) -> None:
@@ -46,23 +47,23 @@ def _silence(writers: Iterable[nn.Module], dead: Tensor, readers: Iterable[Tenso
             weight[:, dead] = 0
 
 
-def mlp(generator: torch.Generator, widths: tuple[int, ...] = (300, 100)) -> nn.Module:
+def mlp(generator: torch.Generator, alive: float = ALIVE, widths: tuple[int, ...] = (300, 100)) -> nn.Module:
     """LeNet-300-100, or hidden layers of other widths, with half of the hidden units."""
     net = perceptron(28, widths)
     for layer in [module for module in net if isinstance(module, nn.Linear)][:-1]:
-        _silence([layer], _dead(layer.out_features, generator))
+        _silence([layer], _dead(layer.out_features, generator, alive))
     return net
 
 
-def lenet(generator: torch.Generator) -> nn.Module:
+def lenet(generator: torch.Generator, alive: float = ALIVE) -> nn.Module:
     """LeNet-5 with half of its channels and hidden units."""
     net = lenet5(28, (20, 50, 500))
     for layer in (net[0], net[3], net[7]):
-        _silence([layer], _dead(len(layer.weight), generator))  # type: ignore[arg-type]
+        _silence([layer], _dead(len(layer.weight), generator, alive))  # type: ignore[arg-type]
     return net
 
 
-def resnet(generator: torch.Generator, width: int = 32, spread: int = 0) -> nn.Module:
+def resnet(generator: torch.Generator, alive: float = ALIVE, width: int = 32, spread: int = 0) -> nn.Module:
     """Twelve residual blocks of convolutions on 3 x 32 x 32, half of the channels inside of blocks and between them.
 
     With a spread there are up to so many more or fewer inside of each block, and what is dead is a constant other than
@@ -70,10 +71,10 @@ def resnet(generator: torch.Generator, width: int = 32, spread: int = 0) -> nn.M
     """
     net = residual_network(lambda branch, _: _Sum(branch), width=width)
     blocks = [module.branch for module in net.modules() if isinstance(module, _Sum)]
-    between = _dead(width, generator)
+    between = _dead(width, generator, alive)
     for branch in blocks:
         first, norm, _, second, last = branch
-        _silence([first] if spread else [first, norm], _dead(width, generator, spread))
+        _silence([first] if spread else [first, norm], _dead(width, generator, alive, spread))
         if spread:
             nn.init.uniform_(norm.bias, generator=generator)
         _silence([second, last], between)
@@ -93,21 +94,21 @@ class _Sum(nn.Module):
         return y
 
 
-def transformer(generator: torch.Generator, width: int = 128, hidden: int = 256) -> nn.Module:
+def transformer(generator: torch.Generator, alive: float = ALIVE, width: int = 128, hidden: int = 256) -> nn.Module:
     """Four layers on the rows of an image: half of the stream, of the four heads and of the hidden units."""
     net = BandEncoder(28, 1, width, 4, 4, hidden)
-    stream = _dead(width, generator)
+    stream = _dead(width, generator, alive)
     for layer in net.encoder.layers:
         attention = layer.self_attn
-        heads = (_dead(4, generator)[:, None] * (width // 4) + torch.arange(width // 4)).flatten()
-        _silence([layer.linear1], _dead(hidden, generator))
+        heads = (_dead(4, generator, alive)[:, None] * (width // 4) + torch.arange(width // 4)).flatten()
+        _silence([layer.linear1], _dead(hidden, generator, alive))
         _silence([attention.out_proj, layer.linear2], stream, [attention.in_proj_weight, layer.linear1.weight])
         _silence([], heads, [attention.out_proj.weight])
     _silence([net.embed], stream, [net.head.weight])
     return net
 
 
-NETWORKS: dict[str, tuple[Callable[[torch.Generator], nn.Module], tuple[int, ...]]] = {
+NETWORKS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
     "LeNet-300-100": (mlp, SHAPE),
     "LeNet-5": (lenet, SHAPE),
     "residual network": (resnet, (3, 32, 32)),
@@ -117,6 +118,8 @@ NETWORKS: dict[str, tuple[Callable[[torch.Generator], nn.Module], tuple[int, ...
     "residual network of 64, uneven": (partial(resnet, width=64, spread=8), (3, 32, 32)),
     "transformer encoder of 512": (partial(transformer, width=512, hidden=1024), SHAPE),
 }
+ONE_UNIT, NOTHING_DEAD = ", one unit left", ", nothing dead"
+NOTES = {ONE_UNIT: "calls", NOTHING_DEAD: "work 1"}
 WIDE = ("MLP of 1000", "residual network of 64", "residual network of 64, uneven", "transformer encoder of 512")
 
 
@@ -125,9 +128,10 @@ def measure(names: Iterable[str], rounds: int, warmup: int) -> list[Row]:
 
     The time should fall with the multiply-adds; 1.5 leaves room for what is not in them, and for kernels that are less
     busy when they are narrower. How much room that takes is told by the work that is left: softmax, norms, activations
-    and pooling fall less. At one example the calls of the small networks cost more than what they compute, so there is
-    a goal for the wide ones only. Compaction for inference folds norms and puts channels last, too: what that alone
-    gives, where nothing is dead, has a row of its own.
+    and pooling fall less. At one example the calls of the small networks cost more than what they compute, and no
+    compaction takes a call away. They are measured, by the same network with one unit left in every layer, and what
+    should fall with the multiply-adds is the time beyond them. Compaction for inference folds norms and puts channels
+    last, too: what that alone gives, where nothing is dead, has a row of its own.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -142,21 +146,34 @@ def _network(name: str, rounds: int, warmup: int) -> Iterable[Row]:
     generator = torch.Generator().manual_seed(0)
     dense = make(generator).eval()
     example = torch.randn(2, *shape, generator=generator)
-    small = vd.compact(dense, example, for_inference=True).eval()
-    alive = vd.compact(_revived(dense, generator), example, for_inference=True).eval()
+    small, alive, calls = (
+        vd.compact(net.eval(), example, for_inference=True)
+        for net in (dense, _revived(dense, generator), make(generator, alive=0))
+    )
     before, after = small.compaction.multiply_adds  # type: ignore[union-attr,misc]
     for batch in BATCHES:
         x = torch.randn(batch, *shape, generator=generator)
         times = 20 if batch == 1 else 1
-        left = work.left(dense, small, x, after / before)
-        goal = round(GOAL * after / before, 2) if batch > 1 or name in WIDE else None
-        note = f"multiply-adds {after / before:.2f}, work {left:.2f}"
+        note = f"multiply-adds {after / before:.2f}, work {work.left(dense, small, x, after / before):.2f}"
         for engine, call in (("torch", partial), ("onnxruntime", _onnx.forward)):
-            nets = {"": small} | ({", nothing dead": alive} if engine == "torch" and _is_other(alive) else {})
+            nets = {"": small}
+            if batch == 1:
+                nets[ONE_UNIT] = calls
+            if engine == "torch" and _is_other(alive):
+                nets[NOTHING_DEAD] = alive
             ours = {key: _repeated(call(net, x), times) for key, net in nets.items()}
-            for key, pairs in interleaved(ours, _repeated(call(dense, x), times), rounds, warmup).items():
-                about = {"note": "work 1"} if key else {"goal": goal, "note": note}
-                yield summarise("compact", f"{name}, {engine}, batch {batch}{key}", pairs, **about)
+            rows = {
+                key: summarise("compact", f"{name}, {engine}, batch {batch}{key}", pairs, note=NOTES.get(key, note))
+                for key, pairs in interleaved(ours, _repeated(call(dense, x), times), rounds, warmup).items()
+            }
+            fixed = rows[ONE_UNIT].ratio or 0 if batch == 1 and name not in WIDE else 0
+            rows[""] = replace(rows[""], goal=goal(after / before, fixed))
+            yield from rows.values()
+
+
+def goal(left: float, calls: float = 0) -> float:
+    """Of the time: in proportion to the multiply-adds that are left, with some room, beyond what the calls take."""
+    return round(calls + (1 - calls) * GOAL * left, 2)
 
 
 def _revived(dense: nn.Module, generator: torch.Generator) -> nn.Module:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import vardrop as vd
 from benchmarks import __main__ as command
 from benchmarks import compact, divergence, memory, networks, peers, prediction, table, training_step, work
 from benchmarks.timing import Pair, Row, interleaved, summarise
@@ -365,3 +366,22 @@ def test_nothing_is_dead_in_a_network_that_was_revived() -> None:
     alive = compact._revived(dense, torch.Generator().manual_seed(1))
     assert any(bool((p == 0).any()) for p in dense.parameters())
     assert all(bool((p != 0).all()) for p in alive.parameters())
+
+
+@pytest.mark.parametrize("name", ["LeNet-300-100", "LeNet-5", "residual network"])
+def test_one_unit_of_every_layer_is_left_of_the_network_that_measures_calls(name: str) -> None:
+    make, shape = compact.NETWORKS[name]
+    net = make(torch.Generator().manual_seed(0), alive=0).eval()
+    small = vd.compact(net, torch.randn(2, *shape))
+    before, after = (
+        [module.weight for module in each.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+        for each in (net, small)
+    )
+    assert len(before) == len(after)  # as many calls as before
+    assert [len(weight) for weight in after] == [1] * (len(after) - 1) + [10]
+
+
+def test_the_goal_of_one_example_is_in_proportion_to_the_work_beyond_the_calls() -> None:
+    assert compact.goal(0.2) == 0.3
+    assert compact.goal(0.2, calls=0.5) == 0.5 + 0.5 * 0.3
+    assert compact.goal(0.2, calls=0.0) == compact.goal(0.2)
