@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from vardrop.dropouts_before import dropouts_before, in_wrappers, is_off, rate_of, switch_off, switch_on, why_kept
+from vardrop.given import check_module
 from vardrop.half import HALVES, lost_step
 from vardrop.memory import keep_freed
 from vardrop.weights.modules import (
@@ -105,8 +106,7 @@ def convert_(model: nn.Module, config: Posterior, where: Where = None, replace_d
             "vardrop.convert_: config must be a posterior, for example vd.VariationalDropout(), got "
             f"{config.__name__ + ' (the class: call it)' if isinstance(config, type) else repr(config)}"
         )
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"vardrop.convert_: model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model, "convert_")
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
@@ -186,6 +186,9 @@ def restore_(model: nn.Module) -> list[str]:
     Returns:
         The names of the modules that were restored; empty if none was random.
 
+    Raises:
+        TypeError: if ``model`` is no module.
+
     Example:
         >>> import torch, vardrop as vd
         >>> layer = torch.nn.Linear(4, 2)
@@ -193,6 +196,7 @@ def restore_(model: nn.Module) -> list[str]:
         >>> vd.restore_(layer), type(layer).__name__, sorted(layer.state_dict())
         (['Linear'], 'Linear', ['bias', 'weight'])
     """
+    check_module(model, "restore_")
     restored = []
     for name, module in model.named_modules():
         if isinstance(module, RandomWeights):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vardrop.given import check_module
 from vardrop.weights.estimators import NAMES, estimator
 
 
@@ -41,6 +42,7 @@ def gradient_variance(
         Estimator -> parameter name -> variance, unbiased, for every parameter that the loss depends on.
 
     Raises:
+        TypeError: if ``model`` is no module.
         ValueError: for an unknown estimator, fewer than two gradients, or a loss that is not a finite scalar.
 
     Example:
@@ -52,6 +54,7 @@ def gradient_variance(
         >>> found["local"]["weight"] < found["per_minibatch"]["weight"]
         True
     """
+    check_module(model, "gradient_variance")
     for name in estimators:
         if name not in NAMES:
             raise ValueError(f"vardrop.gradient_variance: estimator must be one of {', '.join(NAMES)}, got {name!r}")

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vardrop.given import check_module
 from vardrop.rates import Rated
 from vardrop.weights.modules import noisy_weights
 
@@ -44,6 +45,7 @@ def kl_divergence(model: nn.Module) -> Tensor:
         A scalar, in nats, that gradients flow through.
 
     Raises:
+        TypeError: if ``model`` is no module.
         ValueError: if no weight of the model is random.
 
     Example:
@@ -53,6 +55,7 @@ def kl_divergence(model: nn.Module) -> Tensor:
         >>> round(vd.kl_divergence(layer).item(), 2)  # 100 input units, 0.4267 nats each
         42.67
     """
+    check_module(model, "kl_divergence")
     terms = _divergences(model)
     if not terms:
         raise ValueError(
@@ -78,6 +81,7 @@ def dropout_rates(model: nn.Module, as_: str = "rate") -> dict[str, Tensor]:
         weight for a rate (or a variance) per weight. Name of a layer of activation noise -> 0-dim tensor.
 
     Raises:
+        TypeError: if ``model`` is no module.
         ValueError: for another ``as_``.
 
     Example:
@@ -87,6 +91,7 @@ def dropout_rates(model: nn.Module, as_: str = "rate") -> dict[str, Tensor]:
         >>> vd.dropout_rates(layer)
         {'weight': tensor([0.2500, 0.2500, 0.2500])}
     """
+    check_module(model, "dropout_rates")
     transforms: dict[str, Callable[[Tensor], Tensor]] = {
         "rate": torch.sigmoid,
         "alpha": torch.exp,
@@ -132,6 +137,7 @@ class ELBO:
             ``lambda step: min(1.0, max(0.0, (step - 1000) / 5000))``.
 
     Raises:
+        TypeError: if ``model`` is no module.
         ValueError: if ``num_data`` is no positive number, ``kl_scale`` or ``warmup`` are negative or not finite, or
             ``mean_nll`` is no scalar tensor.
 
@@ -154,6 +160,7 @@ class ELBO:
         kl_scale: float = 1.0,
         warmup: int | Callable[[int], float] | None = None,
     ) -> None:
+        check_module(model, "ELBO")
         if not (_finite(num_data) and num_data > 0):
             raise ValueError(
                 "vardrop.ELBO: num_data must be the number of examples in the training set, a positive number, got "

@@ -14,6 +14,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from vardrop import rates, roles
 from vardrop.convert import Where, _selected
 from vardrop.dropouts_before import dropouts_before, is_off
+from vardrop.given import check_module
 from vardrop.layers.base import source
 from vardrop.layers.concrete import ConcreteDropout
 from vardrop.layers.gaussian import GaussianDropout
@@ -114,8 +115,7 @@ def replace_dropout_(
         >>> net[2]
         GaussianDropout(p=0.5, learned)
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"vardrop.replace_dropout_: model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model, "replace_dropout_")
     if not callable(kind) and kind not in ("gaussian", "variational", "concrete"):
         raise ValueError(
             "vardrop.replace_dropout_: kind must be 'gaussian', 'variational', 'concrete', or a function p -> module, "

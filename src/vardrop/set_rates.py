@@ -10,6 +10,7 @@ from torch import nn
 
 from vardrop import config_fields, roles
 from vardrop.dropouts_before import is_off
+from vardrop.given import check_module
 from vardrop.layers.dropblock import DropBlock1d, DropBlock2d, DropBlock3d
 from vardrop.layers.droppath import DropPath
 from vardrop.presets import PRESETS, RateOfLayer
@@ -107,8 +108,7 @@ def set_rates_(
         >>> report.missing
         {'path': 'the model has no dropout of this role'}
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"vardrop.set_rates_: model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model, "set_rates_")
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"vardrop.set_rates_: preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     given = {

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vardrop.given import check_module
 from vardrop.gradient import gradients, in_training
 from vardrop.optional import needed
 from vardrop.weights.estimators import NAMES, estimator
@@ -140,6 +141,7 @@ def variance_terms(
         The table; it prints, and has ``to_pandas()`` and ``plot()``.
 
     Raises:
+        TypeError: if ``model`` is no module.
         ValueError: for an unknown estimator or parameter, a size below 2 or, without replacement, above N, fewer than
             two pairs, tensors of different lengths, or a loss that is not a finite scalar.
 
@@ -155,6 +157,7 @@ def variance_terms(
         >>> covariance["per_minibatch"] > 10 * abs(covariance["local"])
         True
     """
+    check_module(model, "variance_terms")
     count = _checked(data, sizes, estimators, replacement, pairs, singles)
     named = _named(model, parameters)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from vardrop.given import check_module
 from vardrop.prediction.noise_buffers import put_back, remember
 from vardrop.prediction.seeds import accelerators, draw, lent, sow
 from vardrop.prediction.stochastic import stochastic
@@ -34,8 +35,7 @@ class Passes:
     def __init__(
         self, model: nn.Module, loader: Any, max_batches: int, generator: torch.Generator | None, by: str
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"vardrop.{by}: model must be a torch.nn.Module, got {type(model).__name__}")
+        check_module(model, by)
         if isinstance(max_batches, bool) or not isinstance(max_batches, int) or max_batches < 1:
             raise ValueError(f"vardrop.{by}: max_batches must be a whole number from 1 on, got {max_batches!r}")
         self.model = model

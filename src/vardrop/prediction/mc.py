@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vardrop.ensemble.ensemble import Ensemble
+from vardrop.given import check_module
 from vardrop.prediction import probe, seeds
 from vardrop.prediction.engine import Engine, Refused
 from vardrop.prediction.moments import KINDS, Collector, Summary, check_numbers, joined
@@ -113,8 +114,7 @@ def mc_predict(
 def _check(
     model: Any, samples: int, outputs: str | None, engine: str, chunk: int | None, max_memory: int | None
 ) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"vardrop.mc_predict: model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model, "mc_predict")
     if isinstance(model, Ensemble):
         raise TypeError(
             "vardrop.mc_predict: model must be one network, got an Ensemble, whose outputs have an axis of members; "

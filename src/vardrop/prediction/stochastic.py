@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from vardrop.given import check_module
 from vardrop.prediction import noise_mode
 from vardrop.prediction.noise_buffers import put_back, remember
 from vardrop.prediction.noise_modules import Source, survey
@@ -104,8 +105,7 @@ def stochastic(model: nn.Module) -> Iterator[Noise]:
         >>> torch.equal(net(x), net(x))
         True
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"vardrop.stochastic: model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model, "stochastic")
     with opened(model) as (noise, _):
         yield noise
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from vardrop.convert import restore_
+from vardrop.given import as_arguments, check_module
 from vardrop.sparsity.attention import compact_attention, narrower, printed
 from vardrop.sparsity.channels import Each, Mix, Rule, settle
 from vardrop.sparsity.compaction import Compaction
@@ -86,7 +87,7 @@ def compact(
         A new module, in the same mode, whose ``compaction`` prints what was done.
 
     Raises:
-        TypeError: if ``model`` is no module.
+        TypeError: if ``model`` is no module, or ``example_input`` neither a tensor nor a sequence.
         ValueError: if the model does not run on the example, or ``round_to`` is below 1.
         RuntimeError: if the smaller network computes something else; it is not returned then.
 
@@ -106,14 +107,13 @@ def compact(
         >>> small.compaction.parameters
         (23, 9)
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"vardrop.compact: model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model, "compact")
     if round_to is None:
         round_to = INFERENCE_MULTIPLE if for_inference else 1
     if round_to < 1:
         raise ValueError(f"vardrop.compact: round_to must be 1 (channels are not rounded) or more, got {round_to}")
     wishes = _Wishes(select_inputs, for_inference, round_to)
-    inputs: Inputs = (example_input,) if isinstance(example_input, Tensor) else tuple(example_input)
+    inputs = as_arguments(example_input, "compact")
     dense = plain_copy(model)
     try:
         with torch.no_grad():

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vardrop.given import check_module
 from vardrop.sparsity.coding import decode, encode, pack, unpack
 from vardrop.weights.modules import RandomWeights
 
@@ -81,6 +82,9 @@ def compressed_size(model: nn.Module) -> CompressedSize:
     Returns:
         Bytes in total and by tensor, and the ratio to float32.
 
+    Raises:
+        TypeError: if ``model`` is no module.
+
     Example:
         >>> import torch, vardrop as vd
         >>> layer = torch.nn.Linear(1000, 100)
@@ -89,6 +93,7 @@ def compressed_size(model: nn.Module) -> CompressedSize:
         >>> vd.compressed_size(layer).ratio > 30
         True
     """
+    check_module(model, "compressed_size")
     data, tensors = _encoded(model)
     dense = 4 * sum(value.numel() for value in plain_state(model).values())
     return CompressedSize(len(data), dense, tensors)
@@ -109,6 +114,7 @@ def save_compressed(model: nn.Module, path: str | os.PathLike[str]) -> Compresse
         Its size, as :func:`vardrop.compressed_size` has it.
 
     Raises:
+        TypeError: if ``model`` is no module.
         ModuleNotFoundError: without NumPy and zstandard (``pip install 'vardrop[compress]'``).
 
     Example:
@@ -121,6 +127,7 @@ def save_compressed(model: nn.Module, path: str | os.PathLike[str]) -> Compresse
         >>> torch.equal(layer.weight, other.weight)
         True
     """
+    check_module(model, "save_compressed(model, path)")
     data, tensors = _encoded(model)
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
@@ -137,6 +144,7 @@ def load_compressed(path: str | os.PathLike[str], model: nn.Module) -> None:
         model: plain or converted (whose noise stays as it is), with tensors of the names, shapes and types of the file.
 
     Raises:
+        TypeError: if ``model`` is no module.
         ValueError: if the file is something else, damaged, or of another model; the model is then as it was.
 
     Example:
@@ -145,6 +153,7 @@ def load_compressed(path: str | os.PathLike[str], model: nn.Module) -> None:
         >>> _ = vd.save_compressed(torch.nn.Linear(4, 2), path)
         >>> vd.load_compressed(path, torch.nn.Linear(4, 2))
     """
+    check_module(model, "load_compressed(path, model)")
     data = Path(path).read_bytes()
     start = len(MAGIC) + DIGEST
     if data[: len(MAGIC)] != MAGIC:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vardrop.given import as_arguments, check_module
 from vardrop.optional import needed
 from vardrop.sparsity.compact import plain_copy
 from vardrop.sparsity.compressed import plain_state
@@ -32,6 +33,9 @@ def save_sparse(model: nn.Module, path: str | os.PathLike[str]) -> None:
         model: any module.
         path: of the file.
 
+    Raises:
+        TypeError: if ``model`` is no module.
+
     Example:
         >>> import pathlib, tempfile, torch, vardrop as vd
         >>> layer, other = torch.nn.Linear(40, 3), torch.nn.Linear(40, 3)
@@ -43,6 +47,7 @@ def save_sparse(model: nn.Module, path: str | os.PathLike[str]) -> None:
         >>> torch.equal(layer.weight, other.weight)
         True
     """
+    check_module(model, "sparsity.save_sparse(model, path)")
     safetensors = needed("safetensors.torch", "sparsity.save_sparse", "export")
     tensors: dict[str, Tensor] = {}
     shapes: dict[str, list[int]] = {}
@@ -70,8 +75,10 @@ def load_sparse(path: str | os.PathLike[str], model: nn.Module) -> None:
         model: plain or converted (whose noise stays as it is).
 
     Raises:
+        TypeError: if ``model`` is no module.
         ValueError: if the file is something else or of another model; the model is then as it was.
     """
+    check_module(model, "sparsity.load_sparse(path, model)")
     safetensors = needed("safetensors", "sparsity.load_sparse", "export")
     try:
         with safetensors.safe_open(Path(path), framework="pt") as file:
@@ -120,11 +127,13 @@ def export_onnx(
         about: what to keep in the metadata of the file, such as the names of the classes.
 
     Raises:
+        TypeError: if ``model`` is no module.
         ModuleNotFoundError: without onnx and onnxscript (``pip install 'vardrop[export]'``).
     """
+    check_module(model, "sparsity.export_onnx")
     needed("onnx", "sparsity.export_onnx", "export")
     needed("onnxscript", "sparsity.export_onnx", "export")
-    inputs = (example_input,) if isinstance(example_input, Tensor) else tuple(example_input)
+    inputs = as_arguments(example_input, "sparsity.export_onnx")
     plain = plain_copy(model)
     batch = torch.export.Dim("batch")
     shapes = tuple({0: batch} if isinstance(x, Tensor) and x.ndim else None for x in inputs)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from vardrop.given import check_module
 from vardrop.weights.modules import RandomWeights, weight_axes
 
 
@@ -73,6 +74,7 @@ def finetune(model: nn.Module) -> Iterator[dict[str, int]]:
         Name of the weight -> how many of its entries are held at zero.
 
     Raises:
+        TypeError: if ``model`` is no module.
         ValueError: if no weight of the model has a zero.
 
     Example:
@@ -87,6 +89,7 @@ def finetune(model: nn.Module) -> Iterator[dict[str, int]]:
         >>> held, (layer.weight == 0).tolist()
         ({'weight': 1}, [[False, True, False]])
     """
+    check_module(model, "finetune")
     means, noises = _held(model)
     if not means:
         raise ValueError(

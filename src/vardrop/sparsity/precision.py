@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from vardrop.given import check_module
 from vardrop.sparsity.ranking import log_alpha_of
 from vardrop.weights.modules import noisy_weights
 
@@ -51,6 +52,7 @@ def significant_digits(model: nn.Module, minimum: int = 1, extra: int = 0) -> di
         Name of the weight -> whole numbers of its shape; 0 for weights that are 0.
 
     Raises:
+        TypeError: if ``model`` is no module.
         ValueError: if no weight has learned noise, or the arguments are no whole numbers of 0 or more.
 
     Example:
@@ -60,22 +62,7 @@ def significant_digits(model: nn.Module, minimum: int = 1, extra: int = 0) -> di
         >>> vd.sparsity.significant_digits(layer)
         {'weight': tensor([[5, 5]])}
     """
-    for name, value in (("minimum", minimum), ("extra", extra)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ValueError(f"vardrop.quantize_to_noise: {name} must be a whole number of 0 or more, got {value!r}")
-    found = {}
-    for weight in noisy_weights(model):
-        if weight.config.learned:
-            digits = (log_alpha_of(weight) / (-2 * math.log(2)) - 1e-4).ceil().to(torch.int64)  # less than rounding
-            digits = digits.clamp(0) + extra
-            digits = digits.clamp(minimum, 1 + round(-math.log2(torch.finfo(weight.mean.dtype).eps)))
-            found[weight.name] = torch.where(weight.mean.detach() == 0, 0, digits)
-    if not found:
-        raise ValueError(
-            "vardrop.quantize_to_noise: needs weights with learned noise, which says how many digits they are worth, "
-            f"got a {type(model).__name__} without any; vd.convert_ and train it first, and vd.restore_ it later"
-        )
-    return found
+    return _digits(model, minimum, extra, "sparsity.significant_digits")
 
 
 def quantize_to_noise(model: nn.Module, minimum: int = 1, extra: int = 0, other_digits: int | None = None) -> nn.Module:
@@ -97,6 +84,7 @@ def quantize_to_noise(model: nn.Module, minimum: int = 1, extra: int = 0, other_
         A copy, converted like the model.
 
     Raises:
+        TypeError: if ``model`` is no module.
         ValueError: if no weight has learned noise, or a number of digits is no whole number in its range.
 
     Example:
@@ -113,7 +101,7 @@ def quantize_to_noise(model: nn.Module, minimum: int = 1, extra: int = 0, other_
         )
     if other_digits is not None and other_digits < 1:
         raise ValueError(f"vardrop.quantize_to_noise: other_digits must be at least 1, got {other_digits!r}")
-    digits = significant_digits(model, minimum, extra)
+    digits = _digits(model, minimum, extra, "quantize_to_noise")
     small = copy.deepcopy(model)
     random = set()
     with torch.no_grad():
@@ -125,3 +113,24 @@ def quantize_to_noise(model: nn.Module, minimum: int = 1, extra: int = 0, other_
             if other_digits is not None and id(parameter) not in random and parameter.is_floating_point():
                 parameter.copy_(round_significant(parameter, other_digits))
     return small
+
+
+def _digits(model: nn.Module, minimum: int, extra: int, by: str) -> dict[str, Tensor]:
+    """What :func:`significant_digits` returns, for one or the other to ask."""
+    check_module(model, by)
+    for name, value in (("minimum", minimum), ("extra", extra)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ValueError(f"vardrop.{by}: {name} must be a whole number of 0 or more, got {value!r}")
+    found = {}
+    for weight in noisy_weights(model):
+        if weight.config.learned:
+            digits = (log_alpha_of(weight) / (-2 * math.log(2)) - 1e-4).ceil().to(torch.int64)  # less than rounding
+            digits = digits.clamp(0) + extra
+            digits = digits.clamp(minimum, 1 + round(-math.log2(torch.finfo(weight.mean.dtype).eps)))
+            found[weight.name] = torch.where(weight.mean.detach() == 0, 0, digits)
+    if not found:
+        raise ValueError(
+            f"vardrop.{by}: needs weights with learned noise, which says how many digits they are worth, "
+            f"got a {type(model).__name__} without any; vd.convert_ and train it first, and vd.restore_ it later"
+        )
+    return found

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from vardrop.given import check_module
 from vardrop.half import HALVES, lost_step
 from vardrop.sparsity.ranking import Groups, Order, groups_of
 from vardrop.sparsity.search import Search, SparsityPoint, Validation, remove
@@ -115,6 +116,7 @@ def sparsify_(
         A report, per layer and in total.
 
     Raises:
+        TypeError: if ``model`` is no module.
         ValueError: if no weight has learned noise, more than one goal is given, a goal is out of range, there is
             nothing to validate on, or a layer would lose all its weights. The model is then as it was.
 
@@ -129,6 +131,7 @@ def sparsify_(
         >>> layer.eval().weight.tolist()
         [[1.0, 0.0, -2.0, 0.0]]
     """
+    check_module(model, "sparsify_")
     threshold = _check_goal(threshold, target_sparsity, max_error_increase, validation)
     groups, skipped = groups_of(model)
     if not groups:
