@@ -541,6 +541,10 @@ class TestWhatAUserCanPutRight:
     def test_runs(self, vardrop_, digits, tmp_path, command):
         refused(vardrop_(command, tmp_path / "nothing"), r"RUN must be what `vardrop train.* \(no such folder\)")
         refused(vardrop_(command, tmp_path), r"\(a folder without config.json\); train one")
+        for name in ("b", "a"):
+            (tmp_path / "several" / name).mkdir(parents=True)
+            (tmp_path / "several" / name / "config.json").touch()
+        refused(vardrop_(command, tmp_path / "several"), r"take one of the 2 runs in it, such as .*several/a$")
         (tmp_path / "config.json").write_text((digits / "config.json").read_text())
         refused(
             vardrop_(command, tmp_path), "a run must have ended, got .* go on with `vardrop train --out .* --resume`"

@@ -83,8 +83,10 @@ def open_run(path: Path, data_dir: Path | None = None, device: str = "cpu") -> O
     path = Path(path)
     if not (path / CONFIG).is_file():
         given = "a folder without config.json" if path.is_dir() else "no such folder"
+        inside = sorted(str(each.parent) for each in path.glob(f"*/{CONFIG}"))
+        then = f"take one of the {len(inside)} runs in it, such as {inside[0]}" if inside else "train one"
         raise FileNotFoundError(
-            f"vardrop.evaluation: RUN must be what `vardrop train --out RUN` wrote, got {path} ({given}); train one"
+            f"vardrop.evaluation: RUN must be what `vardrop train --out RUN` wrote, got {path} ({given}); {then}"
         )
     if not ((path / MODEL).is_file() and (path / SUMMARY).is_file()):
         raise FileNotFoundError(
