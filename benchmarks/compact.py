@@ -128,10 +128,10 @@ def measure(names: Iterable[str], rounds: int, warmup: int) -> list[Row]:
 
     The time should fall with the multiply-adds; 1.5 leaves room for what is not in them, and for kernels that are less
     busy when they are narrower. How much room that takes is told by the work that is left: softmax, norms, activations
-    and pooling fall less. At one example the calls of the small networks cost more than what they compute, and no
-    compaction takes a call away. They are measured, by the same network with one unit left in every layer, and what
-    should fall with the multiply-adds is the time beyond them. Compaction for inference folds norms and puts channels
-    last, too: what that alone gives, where nothing is dead, has a row of its own.
+    and pooling fall less. At one example the calls of the small networks cost more than what they compute, so there is
+    a goal for the wide ones only; what the calls take is told by the same network with one unit left in every layer.
+    Compaction for inference folds norms and puts channels last, too: what that alone gives, where nothing is dead, has
+    a row of its own.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -154,6 +154,7 @@ def _network(name: str, rounds: int, warmup: int) -> Iterable[Row]:
     for batch in BATCHES:
         x = torch.randn(batch, *shape, generator=generator)
         times = 20 if batch == 1 else 1
+        goal = round(GOAL * after / before, 2) if batch > 1 or name in WIDE else None
         note = f"multiply-adds {after / before:.2f}, work {work.left(dense, small, x, after / before):.2f}"
         for engine, call in (("torch", partial), ("onnxruntime", _onnx.forward)):
             nets = {"": small}
@@ -166,14 +167,8 @@ def _network(name: str, rounds: int, warmup: int) -> Iterable[Row]:
                 key: summarise("compact", f"{name}, {engine}, batch {batch}{key}", pairs, note=NOTES.get(key, note))
                 for key, pairs in interleaved(ours, _repeated(call(dense, x), times), rounds, warmup).items()
             }
-            fixed = rows[ONE_UNIT].ratio or 0 if batch == 1 and name not in WIDE else 0
-            rows[""] = replace(rows[""], goal=goal(after / before, fixed))
+            rows[""] = replace(rows[""], goal=goal)
             yield from rows.values()
-
-
-def goal(left: float, calls: float = 0) -> float:
-    """Of the time: in proportion to the multiply-adds that are left, with some room, beyond what the calls take."""
-    return round(calls + (1 - calls) * GOAL * left, 2)
 
 
 def _revived(dense: nn.Module, generator: torch.Generator) -> nn.Module:

@@ -379,9 +379,3 @@ def test_one_unit_of_every_layer_is_left_of_the_network_that_measures_calls(name
     )
     assert len(before) == len(after)  # as many calls as before
     assert [len(weight) for weight in after] == [1] * (len(after) - 1) + [10]
-
-
-def test_the_goal_of_one_example_is_in_proportion_to_the_work_beyond_the_calls() -> None:
-    assert compact.goal(0.2) == 0.3
-    assert compact.goal(0.2, calls=0.5) == 0.5 + 0.5 * 0.3
-    assert compact.goal(0.2, calls=0.0) == compact.goal(0.2)
