@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -25,13 +26,15 @@ def network_row(share: float, work: float, validation: float, name: str = "LeNet
 
 
 def time_rows(share: float, work: float, ratios: tuple[float, float], **about: Any) -> list[dict[str, Any]]:
-    """Of onnxruntime nine tenths of the ratio."""
+    """Of onnxruntime nine tenths of the ratio, of a network for inference half of it, of a folded one twice."""
     identity = {"table": "times", "network": "LeNet-5", "seed": 0, **about, "kl_scale": share, "work_ratio": work}
     return [
-        {**identity, "engine": engine, "batch": batch, "ms_dense": 2.0, "ms_compact": 2 * r, "time_ratio": by * r}
+        {**identity, "form": form, "engine": engine, "batch": batch,
+         "ms_dense": 2.0, "ms_form": 2 * less * r, "time_ratio": by * less * r}
         for engine, by in (("torch", 1.0), ("onnxruntime", 0.9))
         for batch, r in zip((1, 256), ratios, strict=True)
-    ]
+        for form, less in (("compact", 1.0), ("for inference", 0.5), ("nothing removed", 2.0))
+    ]  # fmt: skip
 
 
 def test_cells_are_networks_by_shares_by_seeds() -> None:
@@ -47,24 +50,30 @@ def test_a_cell_gives_sizes_errors_and_times(cell: dict[str, Any]) -> None:
     assert 0 < row["work_ratio"] <= 1
     assert row["multiply_adds"] >= row["multiply_adds_left"] > 0
     assert row["test_error_sparse"] == pytest.approx(row["test_error_compact"], abs=0.3)  # the same function
-    pairs = [(each["engine"], each["batch"]) for each in timed]
-    assert pairs == [("torch", 1), ("torch", 256), ("onnxruntime", 1), ("onnxruntime", 256)]
+    keys = [(each["engine"], each["batch"], each["form"]) for each in timed]
+    assert keys == list(itertools.product(("torch", "onnxruntime"), (1, 256), cell["forms"]))
+    assert {each["work_ratio"] for each in timed if each["form"] == "nothing removed"} == {1}
     assert all(each["ms_dense"] > 0 and each["time_ratio"] > 0 for each in timed)
     assert compact.summarise([result([row, *timed])])[-1]["networks"] == 1
-    groups = [row["group"] for row in compact.summarise([result([row, *timed])]) if row["table"] == "worst"]
-    assert groups == ["wide" if cell["network"] in compact.WIDE else "small", "all"]
+    worst = [row for row in compact.summarise([result([row, *timed])]) if row["table"] == "worst"]
+    groups = ("wide" if cell["network"] in compact.WIDE else "small", "all")
+    assert [(row["form"], row["group"]) for row in worst] == list(itertools.product(cell["forms"], groups))
 
 
 def test_validation_chooses_the_least_work_that_is_near_enough() -> None:
     rows = [network_row(0.1, 0.5, 2.1), network_row(0.2, 0.3, 2.5), network_row(0.5, 0.1, 2.6)]
     rows += [*time_rows(0.1, 0.5, (1.0, 0.5)), *time_rows(0.2, 0.3, (0.9, 0.36)), *time_rows(0.5, 0.1, (0.8, 0.1))]
-    chosen, mean, one, many, *_, worst = compact.summarise([result(rows)])
+    chosen, mean, *others = compact.summarise([result(rows)])
     assert (chosen["kl_scale"], mean["seeds"]) == (0.2, 1)
-    assert (one["engine"], one["batch"], one["time_ratio"]) == ("torch", 1, 0.9)
-    assert (many["batch"], many["ms_dense"], many["ms_compact"]) == (256, 2.0, pytest.approx(0.72))
-    assert worst["over_work_torch_256"] == pytest.approx(1.2)
-    assert worst["over_work_onnxruntime_256"] == pytest.approx(1.08)
-    assert worst["error_increase"] == pytest.approx(0.5)
+    one, faster, folded, many = others[:4]
+    assert (one["engine"], one["batch"], one["form"], one["time_ratio"]) == ("torch", 1, "compact", 0.9)
+    assert (faster["form"], faster["time_ratio"], folded["form"]) == ("for inference", 0.45, "nothing removed")
+    assert (many["batch"], many["ms_dense"], many["ms_form"]) == (256, 2.0, pytest.approx(0.72))
+    worst = {row["form"]: row for row in others if row["table"] == "worst" and row["group"] == "all"}
+    assert worst["compact"]["over_work_torch_256"] == pytest.approx(1.2)
+    assert worst["compact"]["over_work_onnxruntime_256"] == pytest.approx(1.08)
+    assert worst["for inference"]["over_work_torch_256"] == pytest.approx(0.6)
+    assert worst["compact"]["error_increase"] == pytest.approx(0.5)
 
 
 def test_where_none_is_near_the_smallest_error_is_taken() -> None:
@@ -132,5 +141,5 @@ def test_the_first_word_of_a_name_is_its_kind() -> None:
 def test_what_collapsed_is_not_drawn_and_counted() -> None:
     rows = [*time_rows(0.1, 0.4, (1.0, 0.4)), *time_rows(0.2, 1e-6, (0.2, 0.1))]
     drawn = compact.figure([result(rows)], [])
-    assert drawn.get_suptitle() == "not drawn: 1 that collapsed, with less than 1% left"
-    assert len(drawn.axes[0].collections[0].get_offsets()) == 1
+    assert drawn.get_suptitle().endswith("; not drawn: 1 that collapsed, with less than 1% left")
+    assert [len(points.get_offsets()) for points in drawn.axes[0].collections] == [1, 1]  # hollow and full

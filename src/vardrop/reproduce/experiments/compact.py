@@ -1,14 +1,15 @@
 """Compacted networks: what is left of parameters, work, error and time when whole units were learned to be noise.
 
 Each network is trained plainly for some epochs, then with a rate for every output unit and a share of the divergence,
-sparsified at log α > 3, fine-tuned with its zeros held, and compacted, with channels in multiples of four. The
-divergence grows in over half of the epochs. At a share of 0.3 of it and above LeNet-5 and the MLP of 1000 collapsed,
-and at 0.1 next to nothing of the small transformer went: so the shares that are tried are others for every network,
-smaller where there are more weights. Validation images choose the share: the least work whose error is at most half a
-point above that of the network trained plainly for as long, or else the smallest error. The time of inference is
-measured of the sparse network as it was and of the compacted one, in turn, in torch and in onnxruntime. At a batch of
-one a call of torch costs more than what it computes, unless a network is wide; so each kind of network is there with a
-wide one.
+sparsified at log α > 3, fine-tuned with its zeros held, and compacted: with channels in multiples of four, and for
+inference, which folds norms and puts channels last, too. What that alone gives is told by the plainly trained network,
+of which nothing is removed. The divergence grows in over half of the epochs. At a share of 0.3 of it and above LeNet-5
+and the MLP of 1000 collapsed, and at 0.1 next to nothing of the small transformer went: so the shares that are tried
+are others for every network, smaller where there are more weights. Validation images choose the share: the least work
+whose error is at most half a point above that of the network trained plainly for as long, or else the smallest error.
+The time of inference is measured of the sparse network as it was and of the compacted ones, in turn, in torch and in
+onnxruntime. At a batch of one a call of torch costs more than what it computes, unless a network is wide; so each kind
+of network is there with a wide one.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import functools
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,6 +47,7 @@ SHARES = {  # of the divergence: tried on validation images
 WIDE = ("MLP of 1000", "LeNet-5", "ResNet of 64", "transformer of 256")  # one example computes longer than it calls
 BATCHES = (1, 256)
 ENGINES = ("torch", "onnxruntime")
+FORMS = ("compact", "for inference", "nothing removed")
 
 SIZES: dict[str, dict[str, tuple[int, ...]]] = {
     "smoke": {"LeNet-300-100": (30, 10), "LeNet-5": (4, 6, 20), "ResNet": (1, 4), "transformer": (2, 8, 1, 2, 16)},
@@ -68,7 +70,7 @@ SCALES: dict[str, Config] = {
 def cells(scale: str) -> list[Config]:
     """Networks, shares of the divergence and seeds; on the processor at every scale, for that is what is timed."""
     shared = {key: value for key, value in SCALES[scale].items() if key != "seeds"}
-    shared |= {"sharing": "neuron", "unit": "output", "lr": 1e-3, "noise_lr": 3e-3}
+    shared |= {"sharing": "neuron", "unit": "output", "lr": 1e-3, "noise_lr": 3e-3, "forms": list(FORMS)}
     return [
         {**shared, "network": network, "size": list(size), "kl_scale": share, "seed": seed}
         for seed in range(SCALES[scale]["seeds"])
@@ -78,7 +80,7 @@ def cells(scale: str) -> list[Config]:
 
 
 def run_cell(config: Config) -> list[Row]:
-    """A row of sizes and errors, and one of times for each size of a batch."""
+    """A row of sizes and errors, and one of times for each engine, size of a batch and form of the network."""
     data = networks.images(config["data"], config["train"], config["validation"], config["side"])
     with torch.random.fork_rng(devices=[]):
         begun, plain = _plain(json.dumps({key: value for key, value in config.items() if key != "kl_scale"}))
@@ -88,7 +90,10 @@ def run_cell(config: Config) -> list[Row]:
         report = vd.sparsify_(net, threshold=THRESHOLD, allow_empty=True)
         vd.restore_(net)
         networks.finetune(net, data.train, config)
-    small = vd.compact(net, data.train[0][:2], round_to=4)
+    example = data.train[0][:2]
+    small = vd.compact(net, example, round_to=4)
+    ours = (small, *(vd.compact(each, example, for_inference=True) for each in (net.eval(), plain.eval())))
+    forms = dict(zip(config["forms"], ours, strict=True))
     found: Any = small.compaction
     identity: Row = {key: config[key] for key in ("network", "kl_scale", "seed")}
     (parameters, fewer), (work, less) = found.parameters, found.multiply_adds
@@ -103,9 +108,14 @@ def run_cell(config: Config) -> list[Row]:
         row[f"validation_error_{name}"] = networks.error(each, data.validation)
         row[f"test_error_{name}"] = networks.error(each, data.test)
     x = data.test[0]
-    timed = [times(net, small, x[:batch], config["rounds"], engine) for engine in ENGINES for batch in BATCHES]
-    measured = [{"table": "times", **identity, **each, "work_ratio": less / work} for each in timed]
-    return [row, *measured]
+    left = {form: each.compaction.multiply_adds[1] / work for form, each in forms.items()}
+    timed = [
+        {"table": "times", **identity, **each, "work_ratio": left[each["form"]]}
+        for engine in ENGINES
+        for batch in BATCHES
+        for each in times(net, forms, x[:batch], config["rounds"], engine)
+    ]
+    return [row, *timed]
 
 
 @functools.lru_cache(maxsize=1)  # the shares of one network and seed follow each other
@@ -125,31 +135,36 @@ def _same(loss: Tensor) -> Tensor:
     return loss
 
 
-def times(dense: nn.Module, small: nn.Module, x: Tensor, rounds: int, engine: str) -> Row:
-    """Processor time of a forward pass of both, measured in turn, and the median of their ratio."""
+def times(dense: nn.Module, forms: Mapping[str, nn.Module], x: Tensor, rounds: int, engine: str) -> list[Row]:
+    """Processor time of forward passes of all, measured in turn, and of each form the median of its ratio to dense."""
     repeats = max(1, 32 // len(x))
-    seconds: dict[str, list[float]] = {"dense": [], "compact": []}
-    calls = {name: _call(net, x, engine) for name, net in (("dense", dense), ("compact", small))}
+    calls = [_call(net, x, engine) for net in (dense, *forms.values())]
+    seconds: list[list[float]] = []
     with torch.inference_mode():
         for _ in range(rounds + 3):
-            for name, call in calls.items():
+            seconds.append([])
+            for call in calls:
                 start = time.process_time()
                 for _ in range(repeats):
                     call()
-                seconds[name].append((time.process_time() - start) / repeats)
-    dense_times, small_times = (each[3:] for each in seconds.values())  # the first ones set kernels up
-    ratios = [ours / theirs for ours, theirs in zip(small_times, dense_times, strict=True)]
-    low, high = (statistics.quantiles(ratios, n=4, method="inclusive") if rounds > 1 else ratios * 3)[::2]
-    return {
-        "engine": engine,
-        "batch": len(x),
-        "ms_dense": 1000 * statistics.median(dense_times),
-        "ms_compact": 1000 * statistics.median(small_times),
-        "time_ratio": statistics.median(ratios),
-        "quartiles": f"{low:.3f} to {high:.3f}",
-        "threads": torch.get_num_threads(),
-        "device": device_name("cpu"),
-    }
+                seconds[-1].append((time.process_time() - start) / repeats)
+    dense_times, *form_times = zip(*seconds[3:], strict=True)  # the first ones set kernels up
+    rows: list[Row] = []
+    for form, its_times in zip(forms, form_times, strict=True):
+        ratios = [ours / theirs for ours, theirs in zip(its_times, dense_times, strict=True)]
+        low, high = (statistics.quantiles(ratios, n=4, method="inclusive") if rounds > 1 else ratios * 3)[::2]
+        rows.append({
+            "form": form,
+            "engine": engine,
+            "batch": len(x),
+            "ms_dense": 1000 * statistics.median(dense_times),
+            "ms_form": 1000 * statistics.median(its_times),
+            "time_ratio": statistics.median(ratios),
+            "quartiles": f"{low:.3f} to {high:.3f}",
+            "threads": torch.get_num_threads(),
+            "device": device_name("cpu"),
+        })  # fmt: skip
+    return rows
 
 
 def _call(net: nn.Module, x: Tensor, engine: str) -> Callable[[], Any]:
@@ -169,21 +184,23 @@ def summarise(results: list[Result]) -> list[Row]:
         its = [r for r in of_network if r["table"] == "times" and r["kl_scale"] == best["kl_scale"]]
         timed += [{**row, "over_work": row["time_ratio"] / row["work_ratio"]} for row in its]
     means = _means("means", chosen, ("network",), SIZES_AND_ERRORS)
-    inference = _means("inference", timed, ("network", "engine", "batch"), TIMES)
+    inference = _means("inference", timed, ("network", "form", "engine", "batch"), TIMES)
     groups = {"wide": WIDE, "small": set(SHARES) - set(WIDE), "all": SHARES}
     worst = [
-        _worst(name, [row for row in means + inference if row["network"] in group]) for name, group in groups.items()
+        _worst(name, form, [row for row in means + inference if row["network"] in group])
+        for form in FORMS
+        for name, group in groups.items()
     ]
     return [*chosen, *means, *inference, *filter(None, worst)]
 
 
-def _worst(group: str, rows: list[Row]) -> Row:
-    """The largest of every measure over the networks of a group; nothing of an empty group."""
+def _worst(group: str, form: str, rows: list[Row]) -> Row:
+    """The largest of every measure over the networks of a group, in one form; nothing of an empty group."""
     means = [row for row in rows if row["table"] == "means"]
     if not means:
         return {}
-    worst: Row = {"table": "worst", "group": group, "networks": len(means)}
-    inference = [row for row in rows if row["table"] == "inference"]
+    worst: Row = {"table": "worst", "group": group, "form": form, "networks": len(means)}
+    inference = [row for row in rows if row["table"] == "inference" and row["form"] == form]
     for engine, batch in dict.fromkeys((row["engine"], row["batch"]) for row in inference):
         at = [row["over_work"] for row in inference if (row["engine"], row["batch"]) == (engine, batch)]
         worst[f"over_work_{engine}_{batch}"] = max(at)
@@ -191,7 +208,7 @@ def _worst(group: str, rows: list[Row]) -> Row:
 
 
 SIZES_AND_ERRORS = ("parameters_left", "work_ratio", "test_error_plain", "test_error_compact", "error_increase")
-TIMES = ("ms_dense", "ms_compact", "work_ratio", "time_ratio", "over_work")
+TIMES = ("ms_dense", "ms_form", "work_ratio", "time_ratio", "over_work")
 
 
 def _means(table: str, rows: list[Row], by: tuple[str, ...], columns: tuple[str, ...]) -> list[Row]:
@@ -219,28 +236,32 @@ def _choice(rows: list[Row]) -> Row:
 
 
 def figure(results: list[Result], claims: list[Claim]) -> Figure:
-    """Ratio of times against ratio of multiply-adds, of the networks of which something is left."""
+    """Ratio of times against ratio of multiply-adds: hollow as compacted, full where that was done for inference."""
     from matplotlib.figure import Figure
 
-    every = [row for result in results for row in result.rows if row["table"] == "times"]
+    every = [r for result in results for r in result.rows if r["table"] == "times" and r["form"] in FORMS[:2]]
     rows = [row for row in every if row["work_ratio"] >= DRAWN]
-    gone = len(every) - len(rows)
+    gone = {(row["network"], row["kl_scale"], row["seed"]) for row in every if row["work_ratio"] < DRAWN}
     panels = [(engine, batch) for engine in ENGINES for batch in sorted({row["batch"] for row in rows})]
     drawn = Figure(figsize=(9, 7.6), layout="constrained")
     grid = drawn.subplots(len(ENGINES), len(panels) // len(ENGINES), sharex=True, sharey=True)
     ends = [min(row["work_ratio"] for row in rows) / 1.2, 1.1]
     for axes, (engine, batch) in zip(grid.flat, panels, strict=True):
         for i, network in enumerate(dict.fromkeys(row["network"] for row in rows)):
-            points = [r for r in rows if (r["network"], r["engine"], r["batch"]) == (network, engine, batch)]
-            x, y = ([row[name] for row in points] for name in ("work_ratio", "time_ratio"))
-            axes.scatter(x, y, color=f"C{i}", label=network, s=28)
+            for form in FORMS[:2]:
+                key = (network, form, engine, batch)
+                points = [r for r in rows if (r["network"], r["form"], r["engine"], r["batch"]) == key]
+                x, y = ([row[name] for row in points] for name in ("work_ratio", "time_ratio"))
+                full = form == "for inference"
+                face, label = (f"C{i}", network) if full else ("none", None)
+                axes.scatter(x, y, edgecolors=f"C{i}", facecolors=face, label=label, s=28)
         axes.plot(ends, ends, color="C7", linewidth=0.8, label="in proportion")
         axes.plot(ends, [1.5 * end for end in ends], color="C7", linewidth=0.8, linestyle="--", label="1.5 times that")
         axes.set(xscale="log", yscale="log", title=f"{engine}, batch {batch}")
+    title = "hollow: compacted; full: compacted for inference"
     if gone:
-        drawn.suptitle(
-            f"not drawn: {gone // len(panels)} that collapsed, with less than {DRAWN:.0%} left", fontsize="small"
-        )
+        title += f"; not drawn: {len(gone)} that collapsed, with less than {DRAWN:.0%} left"
+    drawn.suptitle(title, fontsize="small")
     for axes in grid[:, 0]:
         axes.set_ylabel("time left")
     for axes in grid[-1]:
