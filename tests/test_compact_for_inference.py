@@ -464,6 +464,20 @@ def test_what_has_channels_last_is_written_and_read(tmp_path: Any) -> None:
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_channels_that_are_last_leave_no_trace_in_onnx(tmp_path):
+    """torch's average over positions takes other steps where they are: it would move the numbers back in the graph."""
+    onnx = pytest.importorskip("onnx")
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 1, 8, 8)
+    kinds = []
+    for net, example in ((model, x), (last, x), (last, x.to(memory_format=torch.channels_last))):
+        vd.sparsity.export_onnx(net, example, tmp_path / "net.onnx")
+        kinds.append([node.op_type for node in onnx.load(tmp_path / "net.onnx").graph.node])
+    assert kinds == [["Conv", "Relu", "ReduceMean", "Reshape", "Gemm"]] * 3
+    assert last[0].weight.is_contiguous(memory_format=torch.channels_last)  # the model stays as it was
+
+
 class Viewed(nn.Module):
     """Code that wants channels first."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -119,6 +120,8 @@ def export_onnx(
 ) -> None:
     """Write a model to ONNX, in evaluation, for batches of any size.
 
+    The file knows no order in memory: of a model whose channels are last it has the same graph as of any other.
+
     Args:
         model: any module that ``torch.export`` takes; a converted one is restored in a copy first.
         example_input: a tensor, or all positional arguments in a tuple; the first axis of each is the batch, of at
@@ -133,8 +136,12 @@ def export_onnx(
     check_module(model, "sparsity.export_onnx")
     needed("onnx", "sparsity.export_onnx", "export")
     needed("onnxscript", "sparsity.export_onnx", "export")
-    inputs = as_arguments(example_input, "sparsity.export_onnx")
+    given = as_arguments(example_input, "sparsity.export_onnx")
+    inputs = tuple(_in_order(x) if isinstance(x, Tensor) else x for x in given)
     plain = plain_copy(model)
+    with torch.no_grad():
+        for tensor in itertools.chain(plain.parameters(), plain.buffers()):
+            tensor.set_(_in_order(tensor))  # type: ignore[call-overload]
     batch = torch.export.Dim("batch")
     shapes = tuple({0: batch} if isinstance(x, Tensor) and x.ndim else None for x in inputs)
     with torch.no_grad(), warnings.catch_warnings():
@@ -143,3 +150,8 @@ def export_onnx(
     assert program is not None  # noqa: S101 - of dynamo=True
     program.model.metadata_props.update(about or {})
     program.save(str(path))
+
+
+def _in_order(x: Tensor) -> Tensor:
+    """A copy with the last axis last in memory, which of a single channel ``contiguous()`` does not make."""
+    return x.detach().clone(memory_format=torch.contiguous_format)
