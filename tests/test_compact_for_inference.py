@@ -474,7 +474,8 @@ def test_channels_that_are_last_leave_no_trace_in_onnx(tmp_path):
     for net, example in ((model, x), (last, x), (last, x.to(memory_format=torch.channels_last))):
         vd.sparsity.export_onnx(net, example, tmp_path / "net.onnx")
         kinds.append([node.op_type for node in onnx.load(tmp_path / "net.onnx").graph.node])
-    assert kinds == [["Conv", "Relu", "ReduceMean", "Reshape", "Gemm"]] * 3
+    assert kinds[0] == kinds[1] == kinds[2]
+    assert "Gather" not in kinds[0]
     assert last[0].weight.is_contiguous(memory_format=torch.channels_last)  # the model stays as it was
 
 
